@@ -1,0 +1,36 @@
+"""Writes the tables of README.md and docs/performance.md from benchmarks/results/*.json.
+
+    python benchmarks/run.py --out benchmarks/results && python benchmarks/readme.py
+
+README has a line for each group between <!-- benchmark:cpu --> and its end, and the same for cuda;
+docs/performance.md has a line for each row, between <!-- benchmark:cpu rows --> and its end.
+"""
+
+import json
+from pathlib import Path
+
+from report import markdown_rows, markdown_summary, write_between
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTHING = "not measured"
+
+
+def results(folder, device):
+    """The results of a device, float32 first. Quick and filtered ones stay out of the tables."""
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob(f"{device}-*.json"))]
+    whole = [result for result in found if not (result["settings"]["quick"] or result["settings"]["filter"])]
+    return sorted(whole, key=lambda result: result["settings"]["dtype"] != "float32")
+
+
+def main():
+    for device in ("cpu", "cuda"):
+        measured = results(ROOT / "benchmarks" / "results", device)
+        summary = "\n\n".join(map(markdown_summary, measured)) or NOTHING
+        rows = "\n\n".join(map(markdown_rows, measured)) or NOTHING
+        write_between(ROOT / "README.md", device, summary)
+        write_between(ROOT / "docs" / "performance.md", f"{device} rows", rows)
+        print(f"{device}: {len(measured)} results" if measured else f"{device}: {NOTHING}")
+
+
+if __name__ == "__main__":
+    main()

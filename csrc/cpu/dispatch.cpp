@@ -1,0 +1,64 @@
+// Picks the table of kernels that this machine's instruction set allows.
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+
+namespace fastconv::cpu {
+
+#define FASTCONV_DECLARE_ISA(isa)               \
+  namespace isa {                               \
+  extern const Conv2dKernels conv2d_direct;     \
+  extern const Conv2dKernels conv2d_im2col;     \
+  extern const Conv2dKernels conv2d_depthwise;  \
+  extern const MaxPool2dKernels max_pool2d;     \
+  extern const BatchNormKernels batch_norm;     \
+  }                                             \
+  static const Kernels isa##_kernels = {#isa,                    &isa::conv2d_direct, &isa::conv2d_im2col, \
+                                        &isa::conv2d_depthwise, &isa::max_pool2d,    &isa::batch_norm}
+
+FASTCONV_DECLARE_ISA(baseline);
+#if defined(__x86_64__)
+FASTCONV_DECLARE_ISA(avx2);
+FASTCONV_DECLARE_ISA(avx512);
+#endif
+
+std::vector<const Kernels*> all_kernels() {
+  std::vector<const Kernels*> tables{&baseline_kernels};
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {  // every such CPU has F16C too
+    tables.push_back(&avx2_kernels);
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+      tables.push_back(&avx512_kernels);
+  }
+#endif
+  return tables;
+}
+
+static const Kernels*& current() {
+  static const Kernels* table = all_kernels().back();
+  return table;
+}
+
+const Kernels& kernels() { return *current(); }
+
+const Conv2dKernels& conv2d_kernels(Algo algo) {
+  switch (algo) {
+    case Algo::im2col: return *kernels().im2col;
+    case Algo::depthwise: return *kernels().depthwise;
+    default: return *kernels().direct;
+  }
+}
+
+void use_isa(const char* isa) {
+  for (const Kernels* table : all_kernels())
+    if (std::string(isa) == table->isa) {
+      current() = table;
+      return;
+    }
+  throw std::invalid_argument(std::string("this machine has no ") + isa);
+}
+
+}  // namespace fastconv::cpu

@@ -1,0 +1,232 @@
+// Vectors, element conversions and task distribution for the CPU kernels. Only kernel files include this.
+//
+// The same file is compiled for several instruction sets; FASTCONV_ISA names the one at hand and the compiler's own
+// vectors (GCC and Clang `vector_size`) take its width. Everything here is in an unnamed namespace: see kernels.h.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#include "kernels.h"
+
+#ifndef FASTCONV_ISA
+#error "compile kernel files with -DFASTCONV_ISA=baseline, avx2 or avx512"
+#endif
+
+namespace fastconv::cpu {
+namespace {
+
+#define FASTCONV_INLINE inline __attribute__((always_inline))
+
+#if defined(__AVX512F__)
+constexpr int vector_bytes = 64;
+#elif defined(__AVX2__)
+constexpr int vector_bytes = 32;
+#else
+constexpr int vector_bytes = 16;
+#endif
+
+struct float16_t {
+  uint16_t bits;
+};
+struct bfloat16_t {
+  uint16_t bits;
+};
+
+// acc_t<T>: what elements of T are added up in. vec_t<T>: one register of acc_t<T>; `lanes<T>` of them.
+template <typename T>
+struct Traits {
+  using acc = float;
+  typedef float vec __attribute__((vector_size(vector_bytes)));
+  typedef int32_t mask __attribute__((vector_size(vector_bytes)));
+};
+template <>
+struct Traits<double> {
+  using acc = double;
+  typedef double vec __attribute__((vector_size(vector_bytes)));
+  typedef int64_t mask __attribute__((vector_size(vector_bytes)));
+};
+template <typename T>
+using acc_t = typename Traits<T>::acc;
+template <typename T>
+using vec_t = typename Traits<T>::vec;  // comparisons of vec_t give mask_t: −1 where true
+template <typename T>
+using mask_t = typename Traits<T>::mask;
+template <typename T>
+constexpr int lanes = vector_bytes / int(sizeof(acc_t<T>));
+
+using vfloat = vec_t<float>;
+typedef uint32_t vuint32 __attribute__((vector_size(vector_bytes)));
+typedef uint16_t vuint16 __attribute__((vector_size(vector_bytes / 2)));
+
+// One element to and from the type it is computed in.
+
+FASTCONV_INLINE float to_acc(float v) { return v; }
+FASTCONV_INLINE double to_acc(double v) { return v; }
+FASTCONV_INLINE float to_acc(bfloat16_t v) {
+  uint32_t bits = uint32_t(v.bits) << 16;
+  float f;
+  memcpy(&f, &bits, 4);
+  return f;
+}
+FASTCONV_INLINE float to_acc(float16_t v) {
+#if defined(__F16C__)
+  return _cvtsh_ss(v.bits);
+#elif defined(__aarch64__)
+  __fp16 h;
+  memcpy(&h, &v, 2);
+  return h;
+#else
+  // Exponent and mantissa moved into place, then scaled by 2^112 to undo the difference of the two biases; that
+  // multiplication also normalizes the subnormals. Infinity and NaN keep the largest exponent.
+  uint32_t magnitude = uint32_t(v.bits & 0x7fff) << 13;
+  float f;
+  memcpy(&f, &magnitude, 4);
+  f *= 0x1p112f;
+  uint32_t bits;
+  memcpy(&bits, &f, 4);
+  if ((v.bits & 0x7c00) == 0x7c00) bits = magnitude | 0x7f800000;
+  bits |= uint32_t(v.bits & 0x8000) << 16;
+  memcpy(&f, &bits, 4);
+  return f;
+#endif
+}
+
+template <typename T>
+T from_acc(acc_t<T> v);
+template <>
+FASTCONV_INLINE float from_acc<float>(float v) { return v; }
+template <>
+FASTCONV_INLINE double from_acc<double>(double v) { return v; }
+template <>
+FASTCONV_INLINE bfloat16_t from_acc<bfloat16_t>(float v) {  // round to nearest, ties to even
+  uint32_t bits;
+  memcpy(&bits, &v, 4);
+  if (v != v) return {uint16_t((bits >> 16) | 0x40)};
+  return {uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
+}
+template <>
+FASTCONV_INLINE float16_t from_acc<float16_t>(float v) {
+#if defined(__F16C__)
+  return {uint16_t(_cvtss_sh(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC))};
+#elif defined(__aarch64__)
+  __fp16 h = __fp16(v);
+  float16_t out;
+  memcpy(&out, &h, 2);
+  return out;
+#else
+  uint32_t bits;
+  memcpy(&bits, &v, 4);
+  const uint32_t sign = (bits >> 16) & 0x8000;
+  bits &= 0x7fffffff;
+  if (bits > 0x7f800000) return {uint16_t(sign | 0x7e00)};       // NaN
+  if (bits >= 0x477ff000) return {uint16_t(sign | 0x7c00)};      // rounds to 2^16 or more: infinity
+  if (bits < 0x38800000) {                                       // below 2^−14: subnormal, a multiple of 2^−24
+    float magnitude;
+    memcpy(&magnitude, &bits, 4);
+    const float shifted = magnitude + 0.5f;  // ulp(0.5) = 2^−24: the addition rounds to even
+    uint32_t out;
+    memcpy(&out, &shifted, 4);
+    return {uint16_t(sign | (out - 0x3f000000))};
+  }
+  bits += 0xc8000fff + ((bits >> 13) & 1);  // rebias the exponent by −112 and round to even
+  return {uint16_t(sign | (bits >> 13))};
+#endif
+}
+
+// One register of elements.
+
+FASTCONV_INLINE vec_t<float> load(const float* p) {
+  vec_t<float> v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+FASTCONV_INLINE vec_t<double> load(const double* p) {
+  vec_t<double> v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+FASTCONV_INLINE vec_t<float> load(const bfloat16_t* p) {
+  vuint16 h;
+  memcpy(&h, p, sizeof h);
+  return (vec_t<float>)(__builtin_convertvector(h, vuint32) << 16);
+}
+FASTCONV_INLINE vec_t<float> load(const float16_t* p) {
+#if defined(__AVX512F__)
+  return (vec_t<float>)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256((const __m256i*)p));
+#elif defined(__AVX2__)
+  return (vec_t<float>)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+  vec_t<float> v;
+  for (int i = 0; i < lanes<float>; ++i) v[i] = to_acc(p[i]);
+  return v;
+#endif
+}
+FASTCONV_INLINE void store(float* p, vec_t<float> v) { memcpy(p, &v, sizeof v); }
+FASTCONV_INLINE void store(double* p, vec_t<double> v) { memcpy(p, &v, sizeof v); }
+FASTCONV_INLINE void store(bfloat16_t* p, vec_t<float> v) {
+  const vuint32 bits = (vuint32)v;
+  const vuint32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const vuint32 nan = (bits >> 16) | 0x40;
+  const vuint32 is_nan = (vuint32)(v != v);
+  const vuint16 h = __builtin_convertvector((rounded & ~is_nan) | (nan & is_nan), vuint16);
+  memcpy(p, &h, sizeof h);
+}
+FASTCONV_INLINE void store(float16_t* p, vec_t<float> v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)p, _mm512_maskz_cvtps_ph(0xffff, (__m512)v,
+                                                         _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__AVX2__)
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+  for (int i = 0; i < lanes<float>; ++i) p[i] = from_acc<float16_t>(v[i]);
+#endif
+}
+template <typename T>
+FASTCONV_INLINE vec_t<T> broadcast(acc_t<T> value) {
+  return vec_t<T>{} + value;
+}
+
+// Distributes tasks 0 … tasks−1 over the workers: task(worker, index). Which worker takes a task is left to chance, so
+// a task must write its own outputs only, and compute them in an order of its own: then the bits do not depend on it.
+template <typename Task>
+void for_each_task(const Parallel& parallel, int64_t tasks, const Task& task) {
+  if (tasks == 0) return;
+  struct Context {
+    const Task& task;
+    int64_t tasks;
+    int64_t next;
+  } context{task, tasks, 0};
+  const auto body = [](int worker, void* opaque) {
+    Context& c = *static_cast<Context*>(opaque);
+    for (int64_t i; (i = __atomic_fetch_add(&c.next, 1, __ATOMIC_RELAXED)) < c.tasks;)
+      c.task(worker, i);
+  };
+  const int workers = int(tasks < parallel.workers ? tasks : parallel.workers);
+  if (workers <= 1) return body(0, &context);
+  parallel.run(workers, body, &context);
+}
+
+// Calls f(T{}) with the element type of a problem.
+template <typename F>
+FASTCONV_INLINE void dispatch(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::float32: return f(float{});
+    case DType::float64: return f(double{});
+    case DType::float16: return f(float16_t{});
+    case DType::bfloat16: return f(bfloat16_t{});
+  }
+}
+
+template <typename T>
+FASTCONV_INLINE T min_of(T a, T b) { return b < a ? b : a; }
+template <typename T>
+FASTCONV_INLINE T max_of(T a, T b) { return a < b ? b : a; }
+FASTCONV_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace
+}  // namespace fastconv::cpu

@@ -1,0 +1,23 @@
+// The table of launchers in a library with CUDA kernels; absent.cpp takes its place in one without.
+#include "launchers.h"
+
+namespace fastconv::cuda {
+
+const Launchers* launchers() {
+  static const Launchers table = {
+      device_info,
+      {conv2d_direct_naive_fprop, conv2d_direct_fprop, conv2d_im2col_fprop, conv2d_depthwise_fprop},
+      {nullptr, conv2d_direct_dgrad, conv2d_im2col_dgrad, conv2d_depthwise_dgrad},
+      {nullptr, conv2d_direct_wgrad, conv2d_im2col_wgrad, conv2d_depthwise_wgrad},
+      max_pool2d_forward,
+      max_pool2d_backward,
+      max_pool2d_indices,
+      max_pool2d_gather,
+      batch_norm_train,
+      batch_norm_eval,
+      batch_norm_backward,
+  };
+  return &table;
+}
+
+}  // namespace fastconv::cuda

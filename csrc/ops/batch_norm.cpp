@@ -1,0 +1,167 @@
+// batch_norm_train, batch_norm_eval, batch_norm_backward: validate → allocate → plan → launch.
+#include <stdexcept>
+#include <tuple>
+
+#include "device.h"
+
+namespace fastconv::ops {
+namespace {
+
+void check_parameter(const char* what, const Tensor& parameter, const BatchNormProblem& problem) {
+  if (parameter.numel() != problem.C)
+    throw std::runtime_error(std::string(what) + " should contain " + std::to_string(problem.C) + " elements not " +
+                             std::to_string(parameter.numel()));
+}
+
+// torch takes parameters in x's dtype or, for low precision x, in float32, and all of them in the same.
+void check_dtypes(const Tensor& x, std::initializer_list<const std::optional<Tensor>*> parameters) {
+  const Tensor* first = nullptr;
+  for (const std::optional<Tensor>* parameter : parameters) {
+    if (!*parameter) continue;
+    const ScalarType dtype = (*parameter)->scalar_type();
+    const bool low = dtype_of(x) == DType::float16 || dtype_of(x) == DType::bfloat16;
+    if (dtype != x.scalar_type() && !(low && dtype == ScalarType::Float))
+      throw std::runtime_error(low || x.scalar_type() == ScalarType::Float
+                                   ? "mixed dtype (CPU): expect parameter to have scalar type of Float"
+                                   : "mixed dtype (CPU): all inputs must share same datatype.");
+    if (!first) first = &**parameter;
+    if (first->scalar_type() != dtype)
+      throw std::runtime_error("mixed dtype (CPU): expect parameter to have scalar type of Float");
+  }
+}
+
+std::optional<Tensor> as_statistics(const std::optional<Tensor>& tensor, const BatchNormProblem& problem) {
+  return tensor ? std::optional(convert(*tensor, statistics_type(problem.dtype))) : std::nullopt;
+}
+
+void* mutable_data(const std::optional<Tensor>& tensor) { return tensor ? ops::mutable_data(*tensor) : nullptr; }
+
+BatchNormProblem problem_of(const Tensor& x, bool channels_last) {
+  return make_batch_norm_problem(sizes_of(x), dtype_of(x), channels_last ? Layout::NHWC : Layout::NCHW);
+}
+
+Tensor workspace_of(const BatchNormPlan& plan, const Tensor& like) { return empty_bytes(plan.workspace_bytes, like); }
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm_train(const Tensor& x, const std::optional<Tensor>& weight,
+                                                    const std::optional<Tensor>& bias,
+                                                    const std::optional<Tensor>& running_mean,
+                                                    const std::optional<Tensor>& running_var, double momentum,
+                                                    double eps, bool channels_last) {
+  const BatchNormProblem problem = problem_of(x, channels_last);
+  if (running_mean.has_value() != running_var.has_value())
+    throw std::invalid_argument("running_mean and running_var must either both be None or neither be None");
+  if (running_mean) check_parameter("running_mean", *running_mean, problem);
+  if (running_var) check_parameter("running_var", *running_var, problem);
+  if (weight) check_parameter("weight", *weight, problem);
+  if (bias) check_parameter("bias", *bias, problem);
+  check_dtypes(x, {&weight, &bias, &running_mean, &running_var});
+  const Device device(x);
+  const BatchNormPlan plan = plan_batch_norm(problem, device.target);
+  const ScalarType statistics = statistics_type(problem.dtype);
+  const Tensor x_dense = in_layout(x, problem.layout);
+  Tensor y = empty(sizes_of(x), problem.layout, x.scalar_type(), x);
+  Tensor mean = empty({problem.C}, Layout::NCHW, statistics, x);
+  Tensor invstd = empty({problem.C}, Layout::NCHW, statistics, x);
+  if (problem.x_elements() == 0) {  // no value, so nothing to learn from: the running statistics stay
+    torch::stable::zero_(mean);
+    torch::stable::zero_(invstd);
+    return {y, mean, invstd};
+  }
+  const Tensor workspace = workspace_of(plan, x);
+  const std::optional<Tensor> gamma = as_statistics(weight, problem), beta = as_statistics(bias, problem);
+  // Statistics that are kept in another dtype or not densely are updated in a copy and copied back.
+  const std::optional<Tensor> new_mean = as_statistics(running_mean, problem);
+  const std::optional<Tensor> new_var = as_statistics(running_var, problem);
+  if (device.target.cuda)
+    check(cuda::launchers()->batch_norm_train(problem, plan, data(x_dense), data(gamma), data(beta),
+                                              mutable_data(new_mean), mutable_data(new_var), momentum, eps,
+                                              mutable_data(y), mutable_data(mean), mutable_data(invstd),
+                                              mutable_data(workspace), device.stream));
+  else
+    cpu::kernels().batch_norm->train(problem, plan, data(x_dense), data(gamma), data(beta), mutable_data(new_mean),
+                                     mutable_data(new_var), momentum, eps, mutable_data(y), mutable_data(mean),
+                                     mutable_data(invstd), mutable_data(workspace), device.parallel);
+  const auto write_back = [](const std::optional<Tensor>& kept, const std::optional<Tensor>& updated) {
+    if (!kept || data(*kept) == data(*updated)) return;
+    Tensor target = *kept;
+    torch::stable::copy_(target, *updated);
+  };
+  write_back(running_mean, new_mean);
+  write_back(running_var, new_var);
+  return {y, mean, invstd};
+}
+
+Tensor batch_norm_eval(const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+                       const Tensor& running_mean, const Tensor& running_var, double eps, bool channels_last) {
+  const BatchNormProblem problem = problem_of(x, channels_last);
+  check_parameter("running_mean", running_mean, problem);
+  check_parameter("running_var", running_var, problem);
+  if (weight) check_parameter("weight", *weight, problem);
+  if (bias) check_parameter("bias", *bias, problem);
+  const std::optional<Tensor> kept_mean = running_mean, kept_var = running_var;
+  check_dtypes(x, {&weight, &bias, &kept_mean, &kept_var});
+  const Device device(x);
+  const BatchNormPlan plan = plan_batch_norm(problem, device.target);
+  const Tensor x_dense = in_layout(x, problem.layout);
+  Tensor y = empty(sizes_of(x), problem.layout, x.scalar_type(), x);
+  if (problem.x_elements() == 0) return y;
+  const std::optional<Tensor> gamma = as_statistics(weight, problem), beta = as_statistics(bias, problem);
+  const std::optional<Tensor> mean = as_statistics(kept_mean, problem), var = as_statistics(kept_var, problem);
+  if (device.target.cuda)
+    check(cuda::launchers()->batch_norm_eval(problem, plan, data(x_dense), data(gamma), data(beta), data(mean),
+                                             data(var), eps, mutable_data(y), device.stream));
+  else
+    cpu::kernels().batch_norm->eval(problem, plan, data(x_dense), data(gamma), data(beta), data(mean), data(var), eps,
+                                    mutable_data(y), device.parallel);
+  return y;
+}
+
+// The gradients of weight and bias come in the statistics' dtype, whether or not there is a weight.
+std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& dy, const Tensor& x,
+                                                       const std::optional<Tensor>& weight, const Tensor& mean,
+                                                       const Tensor& invstd, bool training, bool channels_last) {
+  const BatchNormProblem problem = problem_of(x, channels_last);
+  if (sizes_of(dy) != sizes_of(x) || dy.scalar_type() != x.scalar_type())
+    throw std::runtime_error("fastconv: expected dy like x, of size " + format_sizes(sizes_of(x)) + ", but got " +
+                             format_sizes(sizes_of(dy)));
+  check_parameter("mean", mean, problem);
+  check_parameter("invstd", invstd, problem);
+  if (weight) check_parameter("weight", *weight, problem);
+  const Device device(x);
+  const BatchNormPlan plan = plan_batch_norm(problem, device.target);
+  const ScalarType statistics = statistics_type(problem.dtype);
+  const Tensor dy_dense = in_layout(dy, problem.layout), x_dense = in_layout(x, problem.layout);
+  Tensor dx = empty(sizes_of(x), problem.layout, x.scalar_type(), x);
+  Tensor dweight = empty({problem.C}, Layout::NCHW, statistics, x);
+  Tensor dbias = empty({problem.C}, Layout::NCHW, statistics, x);
+  if (problem.x_elements() == 0) {
+    torch::stable::zero_(dweight);
+    torch::stable::zero_(dbias);
+    return {dx, dweight, dbias};
+  }
+  const Tensor workspace = workspace_of(plan, x);
+  const std::optional<Tensor> gamma = as_statistics(weight, problem);
+  const Tensor mean_dense = convert(mean, statistics), invstd_dense = convert(invstd, statistics);
+  if (device.target.cuda)
+    check(cuda::launchers()->batch_norm_backward(problem, plan, data(dy_dense), data(x_dense), data(gamma),
+                                                 data(mean_dense), data(invstd_dense), training, mutable_data(dx),
+                                                 mutable_data(dweight), mutable_data(dbias), mutable_data(workspace),
+                                                 device.stream));
+  else
+    cpu::kernels().batch_norm->backward(problem, plan, data(dy_dense), data(x_dense), data(gamma), data(mean_dense),
+                                        data(invstd_dense), training, mutable_data(dx), mutable_data(dweight),
+                                        mutable_data(dbias), mutable_data(workspace), device.parallel);
+  return {dx, dweight, dbias};
+}
+
+#define FASTCONV_REGISTER(m)                                    \
+  m.impl("batch_norm_train", TORCH_BOX(&batch_norm_train));     \
+  m.impl("batch_norm_eval", TORCH_BOX(&batch_norm_eval));       \
+  m.impl("batch_norm_backward", TORCH_BOX(&batch_norm_backward))
+
+STABLE_TORCH_LIBRARY_IMPL(FASTCONV_NAMESPACE, CPU, m) { FASTCONV_REGISTER(m); }
+STABLE_TORCH_LIBRARY_IMPL(FASTCONV_NAMESPACE, CUDA, m) { FASTCONV_REGISTER(m); }
+
+}  // namespace fastconv::ops

@@ -1,0 +1,40 @@
+// The ops that torch sees. FASTCONV_NAMESPACE is fastconv, or fastconv_emulated in the library that runs the CUDA
+// kernels on a CPU. `channels_last` decides the layout of everything an op reads and writes; its inputs are copied only
+// where their memory is in another order. max_pool2d's offsets and batch_norm's statistics are explained in
+// cpu/kernels.h.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(FASTCONV_NAMESPACE, m) {
+  m.def(
+      "conv2d_fprop(Tensor x, Tensor w, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation, int groups, "
+      "bool channels_last, bool allow_tf32, str? algo) -> Tensor");
+  m.def(
+      "conv2d_dgrad(Tensor dy, Tensor w, SymInt[] x_size, int[2] stride, int[2] padding, int[2] dilation, int groups, "
+      "bool channels_last, bool allow_tf32, str? algo) -> Tensor");
+  m.def(
+      "conv2d_wgrad(Tensor dy, Tensor x, SymInt[] w_size, bool bias_grad, int[2] stride, int[2] padding, "
+      "int[2] dilation, int groups, bool channels_last, bool allow_tf32, str? algo) -> (Tensor, Tensor)");
+
+  m.def(
+      "max_pool2d_forward(Tensor x, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, "
+      "bool ceil_mode, bool channels_last, bool return_offsets) -> (Tensor, Tensor)");
+  m.def(
+      "max_pool2d_backward(Tensor dy, Tensor offsets, SymInt[] x_size, int[2] kernel_size, int[2] stride, "
+      "int[2] padding, int[2] dilation, bool ceil_mode, bool channels_last) -> Tensor");
+  m.def(
+      "max_pool2d_indices(Tensor offsets, SymInt[] x_size, int[2] kernel_size, int[2] stride, int[2] padding, "
+      "int[2] dilation, bool ceil_mode, bool channels_last) -> Tensor");
+  m.def(
+      "max_pool2d_gather(Tensor x, Tensor offsets, int[2] kernel_size, int[2] stride, int[2] padding, "
+      "int[2] dilation, bool ceil_mode, bool channels_last) -> Tensor");
+
+  m.def(
+      "batch_norm_train(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+      "float momentum, float eps, bool channels_last) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "batch_norm_eval(Tensor x, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, float eps, "
+      "bool channels_last) -> Tensor");
+  m.def(
+      "batch_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor invstd, bool training, "
+      "bool channels_last) -> (Tensor, Tensor, Tensor)");
+}

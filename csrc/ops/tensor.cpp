@@ -1,0 +1,129 @@
+#include "tensor.h"
+
+#include <stdexcept>
+
+// In torch 2.13 and newer: the text of the exception behind an error code.
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
+
+namespace fastconv::ops {
+namespace {
+
+Sizes dense_strides(const Sizes& sizes, Layout layout) {
+  const int rank = int(sizes.size());
+  Sizes strides(sizes.size());
+  int64_t next = 1;
+  const auto place = [&](int dim) {
+    strides[dim] = next;
+    next *= sizes[dim] > 1 ? sizes[dim] : 1;
+  };
+  const bool channels_inside = layout == Layout::NHWC && rank >= 4;
+  if (channels_inside) place(1);
+  for (int dim = rank - 1; dim >= 0; --dim)
+    if (!(channels_inside && dim == 1)) place(dim);
+  return strides;
+}
+
+}  // namespace
+
+Sizes sizes_of(const Tensor& tensor) {
+  const auto sizes = tensor.sizes();
+  return Sizes(sizes.begin(), sizes.end());
+}
+
+DType dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return DType::float32;
+    case ScalarType::Double: return DType::float64;
+    case ScalarType::Half: return DType::float16;
+    case ScalarType::BFloat16: return DType::bfloat16;
+    default: throw std::runtime_error("fastconv has kernels for float32, float64, float16 and bfloat16 tensors only");
+  }
+}
+
+ScalarType scalar_type(DType dtype) {
+  switch (dtype) {
+    case DType::float32: return ScalarType::Float;
+    case DType::float64: return ScalarType::Double;
+    case DType::float16: return ScalarType::Half;
+    case DType::bfloat16: return ScalarType::BFloat16;
+  }
+  return ScalarType::Undefined;
+}
+
+ScalarType statistics_type(DType dtype) {
+  return dtype == DType::float64 ? ScalarType::Double : ScalarType::Float;
+}
+
+Tensor in_layout(const Tensor& tensor, Layout layout) {
+  const Sizes sizes = sizes_of(tensor);
+  const Sizes dense = dense_strides(sizes, layout);
+  const auto strides = tensor.strides();
+  bool matches = true;
+  for (size_t dim = 0; dim < sizes.size(); ++dim) matches &= sizes[dim] <= 1 || strides[dim] == dense[dim];
+  if (matches) return tensor;
+  using torch::headeronly::MemoryFormat;
+  const bool channels_inside = layout == Layout::NHWC && sizes.size() >= 4;
+  return torch::stable::contiguous(tensor, !channels_inside       ? MemoryFormat::Contiguous
+                                           : sizes.size() == 4 ? MemoryFormat::ChannelsLast
+                                                               : MemoryFormat::ChannelsLast3d);
+}
+
+Tensor empty(const Sizes& sizes, Layout layout, ScalarType dtype, const Tensor& like) {
+  const Sizes strides = dense_strides(sizes, layout);
+  int32_t device_type;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  const int32_t dtype_code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle handle = nullptr;
+  if (aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype_code, device_type,
+                               like.get_device_index(), &handle) != TORCH_SUCCESS) {
+    if (torch_exception_get_what_without_backtrace)
+      throw std::runtime_error(torch_exception_get_what_without_backtrace());
+    int64_t bytes = aoti_torch_dtype_element_size(dtype_code);
+    for (int64_t size : sizes) bytes *= size;
+    throw std::runtime_error(like.is_cuda() ? "CUDA out of memory. Tried to allocate " + std::to_string(bytes) + " bytes"
+                                            : "DefaultCPUAllocator: can't allocate memory: you tried to allocate " +
+                                                  std::to_string(bytes) + " bytes.");
+  }
+  return Tensor(handle);
+}
+
+Tensor empty_bytes(int64_t bytes, const Tensor& like) { return empty({bytes}, Layout::NCHW, ScalarType::Byte, like); }
+
+Tensor convert(const Tensor& tensor, ScalarType dtype) {
+  const Tensor typed = tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
+  return in_layout(typed, Layout::NCHW);
+}
+
+std::string tensor_type_name(const Tensor& tensor) {
+  const char* type = "";
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: type = "Float"; break;
+    case ScalarType::Double: type = "Double"; break;
+    case ScalarType::Half: type = "Half"; break;
+    case ScalarType::BFloat16: type = "BFloat16"; break;
+    case ScalarType::Int: type = "Int"; break;
+    case ScalarType::Long: type = "Long"; break;
+    case ScalarType::Short: type = "Short"; break;
+    case ScalarType::Char: type = "Char"; break;
+    case ScalarType::Byte: type = "Byte"; break;
+    case ScalarType::Bool: type = "Bool"; break;
+    case ScalarType::ComplexFloat: type = "ComplexFloat"; break;
+    case ScalarType::ComplexDouble: type = "ComplexDouble"; break;
+    default: type = "Unknown";
+  }
+  return std::string("torch.") + (tensor.is_cuda() ? "cuda." : "") + type + "Tensor";
+}
+
+std::string scalar_type_name(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return "float";
+    case ScalarType::Double: return "double";
+    case ScalarType::Half: return "c10::Half";
+    case ScalarType::BFloat16: return "c10::BFloat16";
+    case ScalarType::Int: return "int";
+    case ScalarType::Long: return "long int";
+    default: return tensor_type_name(tensor);
+  }
+}
+
+}  // namespace fastconv::ops

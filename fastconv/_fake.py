@@ -1,0 +1,80 @@
+"""Fake kernels: the shapes, dtypes and strides of each op's results, for meta tensors and for torch.compile."""
+
+import torch
+import torch.nn.functional as F
+
+
+def _empty(like, size, channels_last, dtype=None):
+    memory_format = torch.channels_last if channels_last and len(size) == 4 else torch.contiguous_format
+    if channels_last and len(size) == 5:
+        memory_format = torch.channels_last_3d
+    return torch.empty(size, dtype=dtype or like.dtype, device=like.device, memory_format=memory_format)
+
+
+def conv2d_fprop(x, w, bias, stride, padding, dilation, groups, channels_last, allow_tf32, algo):
+    size = F.conv2d(x, w, bias, stride, padding, dilation, groups).shape
+    return _empty(x, size, channels_last)
+
+
+def conv2d_dgrad(dy, w, x_size, stride, padding, dilation, groups, channels_last, allow_tf32, algo):
+    return _empty(dy, x_size, channels_last)
+
+
+def conv2d_wgrad(
+    dy, x, w_size, bias_grad, stride, padding, dilation, groups, channels_last, allow_tf32, algo
+):
+    return _empty(dy, w_size, channels_last), _empty(dy, (w_size[0] if bias_grad else 0,), False)
+
+
+def _offset_dtype(kernel_size):
+    window = kernel_size[0] * kernel_size[-1]
+    return torch.uint8 if window <= 256 else torch.uint16 if window <= 65536 else torch.uint32
+
+
+def max_pool2d_forward(
+    x, kernel_size, stride, padding, dilation, ceil_mode, channels_last, return_offsets
+):
+    size = F.max_pool2d(x, kernel_size, stride, padding, dilation, ceil_mode).shape
+    y = _empty(x, size, channels_last)
+    return y, _empty(x, size if return_offsets else (0,), channels_last, _offset_dtype(kernel_size))
+
+
+def max_pool2d_backward(
+    dy, offsets, x_size, kernel_size, stride, padding, dilation, ceil_mode, channels_last
+):
+    return _empty(dy, x_size, channels_last)
+
+
+def max_pool2d_indices(offsets, x_size, kernel_size, stride, padding, dilation, ceil_mode, channels_last):
+    return _empty(offsets, offsets.shape, channels_last, torch.int64)
+
+
+def max_pool2d_gather(x, offsets, kernel_size, stride, padding, dilation, ceil_mode, channels_last):
+    return _empty(x, offsets.shape, channels_last)
+
+
+def _statistics_dtype(x):
+    return torch.float64 if x.dtype is torch.float64 else torch.float32
+
+
+def batch_norm_train(x, weight, bias, running_mean, running_var, momentum, eps, channels_last):
+    mean = x.new_empty(x.shape[1], dtype=_statistics_dtype(x))
+    return _empty(x, x.shape, channels_last), mean, torch.empty_like(mean)
+
+
+def batch_norm_eval(x, weight, bias, running_mean, running_var, eps, channels_last):
+    return _empty(x, x.shape, channels_last)
+
+
+def batch_norm_backward(dy, x, weight, mean, invstd, training, channels_last):
+    return _empty(x, x.shape, channels_last), torch.empty_like(mean), torch.empty_like(mean)
+
+
+def register(namespace):
+    from . import _ops
+
+    for name in _ops.OPS:
+        torch.library.register_fake(f"{namespace}::{name}", globals()[name])
+
+
+register("fastconv")

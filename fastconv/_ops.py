@@ -1,0 +1,51 @@
+"""Loads libfastconv.so and names its ops: `_ops.conv2d_fprop(...)` and so on, one for each line of csrc/ops/schema.cpp.
+
+The ops called here run below autograd; fastconv.autograd gives them their derivatives. Called by their full name,
+torch.ops.fastconv.conv2d_fprop and the others are differentiable as well (see autograd.register).
+"""
+
+from pathlib import Path
+
+import torch
+
+OPS = (
+    "conv2d_fprop",
+    "conv2d_dgrad",
+    "conv2d_wgrad",
+    "max_pool2d_forward",
+    "max_pool2d_backward",
+    "max_pool2d_indices",
+    "max_pool2d_gather",
+    "batch_norm_train",
+    "batch_norm_eval",
+    "batch_norm_backward",
+)
+LIBRARY = Path(__file__).with_name("libfastconv.so")
+
+
+def _below_autograd(op):
+    def call(*args):
+        if torch.compiler.is_compiling():
+            return op(*args)
+        try:
+            with torch._C._AutoDispatchBelowAutograd():
+                return op(*args)
+        except RuntimeError as error:
+            # The stable ABI hands on an exception's text, but not its type.
+            if str(error).startswith("CUDA out of memory"):
+                raise torch.OutOfMemoryError(str(error)) from None
+            raise
+
+    return call
+
+
+def use_namespace(namespace):
+    """Bind this module's ops to torch.ops.<namespace>: "fastconv", or "fastconv_emulated" in tests."""
+    for name in OPS:
+        globals()[name] = _below_autograd(getattr(getattr(torch.ops, namespace), name).default)
+
+
+if not LIBRARY.exists():
+    raise ImportError(f"{LIBRARY} is missing: build it with `pip install --no-build-isolation .`")
+torch.ops.load_library(str(LIBRARY))
+use_namespace("fastconv")

@@ -1,0 +1,192 @@
+"""conv2d, max_pool2d and batch_norm with the signatures and semantics of torch.nn.functional."""
+
+import warnings
+
+import torch
+import torch.nn.functional as F
+
+from . import _ops, autograd
+
+_FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_warned = set()
+
+
+def _has_kernel(tensor):
+    return tensor.dtype in _FLOATING and tensor.device.type in ("cpu", "cuda", "meta") and not tensor.is_sparse
+
+
+def _warn_fallback(op, tensor):
+    """Complex, integer and quantized tensors and other devices go to torch.nn.functional, with one warning each."""
+    key = (op, tensor.dtype, tensor.device.type)
+    if key not in _warned:
+        _warned.add(key)
+        warnings.warn(
+            f"fastconv has no {op} kernel for {tensor.dtype} on {tensor.device.type}: torch.nn.functional computes it",
+            stacklevel=3,
+        )
+
+
+def _channels_last(tensor):
+    """torch's suggest_memory_format: do the strides run W, H, N outward from C, the innermost?"""
+    stride = tensor.stride()
+    if stride[-1] < stride[1]:
+        return False
+    innermost = 0
+    for dim in (1, *range(tensor.dim() - 1, 1, -1), 0):
+        size = tensor.shape[dim]
+        if size == 0 or stride[dim] < innermost or (dim == 0 and innermost == stride[1]):
+            return False
+        if dim == 1 and stride[1] == 0:
+            return False
+        innermost = stride[dim] * size if size > 1 else stride[dim]
+    return True
+
+
+def _wants_channels_last(input, weight, cuda):
+    """The layout of a convolution: channels_last if input or weight is, but torch keeps float64 on CUDA in NCHW."""
+    if input.dim() != 4 or weight.dim() != 4 or (cuda and input.dtype is torch.float64):
+        return False
+    return _channels_last(input) or _channels_last(weight)
+
+
+@torch.compiler.assume_constant_result
+def _allow_tf32():
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"
+
+
+def _same_padding(padding, kernel, dilation):
+    """('same' as symmetric padding, the rest to pad on the right and at the bottom), per axis in (H, W)."""
+    total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+    return [t // 2 for t in total], [t - 2 * (t // 2) for t in total]
+
+
+def _pair(value):
+    return (value, value) if isinstance(value, int) else tuple(value) * 2 if len(value) == 1 else tuple(value)
+
+
+def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, *, algo=None):
+    """2D convolution (cross-correlation), as torch.nn.functional.conv2d.
+
+    y[n, k, p, q] = bias[k] + Σ_{c, r, s} x[n, c, p·stride + r·dilation − padding, q·stride + …] · w[k, c, r, s]
+
+    Args:
+        input: (N, C, H, W) or (C, H, W); float32, float64, float16 or bfloat16, on the CPU or on CUDA.
+        weight: (K, C / groups, R, S), of input's dtype and device.
+        bias: (K,) or None.
+        stride, padding, dilation: an int or a pair (H, W). padding may be 'valid' or, for stride 1, 'same'.
+        groups: input and output channels are split into this many independent convolutions.
+        algo: one of fastconv.algorithms(), for forward and backward; None lets the plan choose.
+
+    Returns:
+        (N, K, P, Q) with P = floor((H + 2·padding − dilation·(R − 1) − 1) / stride) + 1, or (K, P, Q). It is
+        channels_last if torch's is: if input or weight is.
+
+    Raises:
+        RuntimeError with torch's text for shapes, dtypes and parameters that torch refuses too.
+        ValueError if `algo` is unknown or cannot do the problem, with the reason.
+    """
+    if not _has_kernel(input):
+        if algo is not None:
+            raise ValueError(f"algo={algo!r}: fastconv has no kernel for {input.dtype} on {input.device.type}")
+        _warn_fallback("conv2d", input)
+        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    device = input.device.type
+    if device != "meta" and torch.is_autocast_enabled(device) and input.dtype is not torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        input, weight = input.to(dtype), weight.to(dtype)
+        bias = bias.to(dtype) if bias is not None else None
+    unbatched = input.dim() == 3
+    if unbatched:
+        input = input.unsqueeze(0)
+    if isinstance(padding, str):
+        padding, input = _string_padding(padding, input, weight, stride, dilation)
+    channels_last = _wants_channels_last(input, weight, input.is_cuda)
+    allow_tf32 = input.is_cuda and input.dtype is torch.float32 and _allow_tf32()
+    y = autograd.conv2d(input, weight, bias, stride, padding, dilation, groups, channels_last, allow_tf32, algo)
+    return y.squeeze(0) if unbatched else y
+
+
+def _string_padding(padding, input, weight, stride, dilation):
+    if padding == "valid":
+        return 0, input
+    if padding != "same":
+        raise RuntimeError(f"Invalid padding string: '{padding}'")
+    if any(s != 1 for s in _pair(stride)):
+        raise RuntimeError("padding='same' is not supported for strided convolutions")
+    symmetric, rest = _same_padding(padding, weight.shape[2:], _pair(dilation))
+    if any(rest):
+        input = F.pad(input, (0, rest[1], 0, rest[0]))
+    return symmetric, input
+
+
+def max_pool2d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False):
+    """2D max pooling, as torch.nn.functional.max_pool2d.
+
+    On ties the first maximum in row-major order wins, of NaNs the last, in every layout. For the backward pass the
+    argmax is kept as an offset into its window, one byte each (two for windows of more than 256 elements).
+
+    Args:
+        input: (N, C, H, W) or (C, H, W); float32, float64, float16 or bfloat16, on the CPU or on CUDA.
+        kernel_size, stride, padding, dilation: an int or a pair (H, W); stride defaults to kernel_size.
+        ceil_mode: round the output size up instead of down.
+        return_indices: also return the int64 indices h·W + w of the maxima, as MaxUnpool2d takes them.
+
+    Returns:
+        (N, C, P, Q) or (C, P, Q), or a pair of it and the indices; channels_last if input is.
+
+    Raises:
+        RuntimeError with torch's text for shapes and parameters that torch refuses too.
+    """
+    if not _has_kernel(input):
+        _warn_fallback("max_pool2d", input)
+        return F.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+    unbatched = input.dim() == 3
+    if unbatched:
+        input = input.unsqueeze(0)
+    if stride is None or (not isinstance(stride, int) and len(stride) == 0):
+        stride = kernel_size
+    channels_last = input.dim() == 4 and _channels_last(input)
+    window = (kernel_size, stride, padding, dilation, ceil_mode, channels_last)
+    y, offsets = autograd.max_pool2d(input, *window, return_offsets=return_indices)
+    if not return_indices:
+        return y.squeeze(0) if unbatched else y
+    indices = _ops.max_pool2d_indices(offsets, input.shape, *window)
+    return (y.squeeze(0), indices.squeeze(0)) if unbatched else (y, indices)
+
+
+def batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
+    """Batch normalization, as torch.nn.functional.batch_norm (Ioffe and Szegedy, 2015).
+
+    y = (x − μ) / √(σ² + eps) · weight + bias, for each channel. In training μ and σ² (biased) are the batch's, by
+    Welford's method, and running = (1 − momentum)·running + momentum·batch, with the unbiased variance; otherwise they
+    are the running ones.
+
+    Args:
+        input: (N, C) or (N, C, *); float32, float64, float16 or bfloat16, on the CPU or on CUDA.
+        running_mean, running_var: (C,), or both None in training.
+        weight, bias: (C,) or None; of input's dtype, or float32 for float16 and bfloat16 input.
+
+    Returns:
+        a tensor of input's shape and dtype; channels_last if input is.
+
+    Raises:
+        ValueError, RuntimeError with torch's text, among them for training with one value per channel.
+    """
+    if not _has_kernel(input):
+        _warn_fallback("batch_norm", input)
+        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    if training and input.dim() >= 2 and input.numel() == input.shape[1]:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
+    if training and eps <= 0.0:
+        raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
+    if eps < 0.0:
+        raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
+    channels_last = input.dim() in (4, 5) and _channels_last(input)
+    if training:
+        return autograd.batch_norm_train(
+            input, weight, bias, running_mean, running_var, momentum, eps, channels_last
+        )
+    for name, statistics in (("running_mean", running_mean), ("running_var", running_var)):
+        if statistics is None:
+            raise RuntimeError(f"{name} must be defined in evaluation mode")
+    return autograd.batch_norm_eval(input, weight, bias, running_mean, running_var, eps, channels_last)

@@ -1,0 +1,127 @@
+"""Backends: the tests of an op run on the CPU kernels, on the CUDA kernels emulated on the host, and on a GPU.
+
+A test that takes `backend` runs on all three; one that takes `native_backend` leaves out the emulation, for shapes that
+would take it too long. `--fastconv-order` lets the emulated threads run in another order.
+"""
+
+import contextlib
+import ctypes
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastconv
+from fastconv import _fake, _ops, autograd
+
+ROOT = Path(__file__).resolve().parent.parent
+EMULATED_LIBRARY = ROOT / "build" / "ninja" / "libfastconv_emulated.so"
+ORDERS = ("forward", "reverse", "shuffled")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--fastconv-order", choices=ORDERS, default="forward", help="of the emulated threads")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "launches_nothing: no kernel runs, since there is nothing to compute")
+
+
+@dataclass(frozen=True)
+class Backend:
+    name: str
+    device: str
+
+    @property
+    def algorithms(self):
+        return fastconv.algorithms("cpu" if self.name == "cpu" else "cuda")
+
+    def put(self, tensor):
+        """The tensor on this backend's device, with the same strides."""
+        if tensor is None or self.device == "cpu":
+            return tensor
+        moved = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=self.device)
+        return moved.copy_(tensor)
+
+
+@pytest.fixture(scope="session")
+def emulated_library(request):
+    """The emulated library, loaded, with its ops' fake kernels and derivatives."""
+    if not EMULATED_LIBRARY.exists():
+        pytest.skip("no emulated kernels: build them with `python setup.py build_ext --inplace --emulated`")
+    torch.ops.load_library(str(EMULATED_LIBRARY))
+    _fake.register("fastconv_emulated")
+    autograd.register("fastconv_emulated")
+    library = ctypes.CDLL(str(EMULATED_LIBRARY))
+    library.fastconv_emulation_switches.restype = ctypes.c_uint64
+    library.fastconv_emulation_set_order(ORDERS.index(request.config.getoption("--fastconv-order")), ctypes.c_uint(1))
+    return library
+
+
+@contextlib.contextmanager
+def _emulation(library, expects_launches):
+    _ops.use_namespace("fastconv_emulated")
+    before = library.fastconv_emulation_switches()
+    try:
+        yield Backend("emulated", "cpu")
+        launched = library.fastconv_emulation_switches() > before
+        assert launched or not expects_launches, "this test launched no emulated kernel"
+    finally:
+        _ops.use_namespace("fastconv")
+
+
+@contextlib.contextmanager
+def _open_backend(request):
+    if request.param == "emulated":
+        expects_launches = request.node.get_closest_marker("launches_nothing") is None
+        with _emulation(request.getfixturevalue("emulated_library"), expects_launches) as backend:
+            yield backend
+    elif request.param == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device")
+        if not fastconv.planning._introspection().built_with_cuda:
+            pytest.skip("fastconv was built without CUDA kernels")
+        yield Backend("cuda", "cuda")
+    else:
+        yield Backend("cpu", "cpu")
+
+
+@pytest.fixture(params=["cpu", "emulated", "cuda"])
+def backend(request):
+    with _open_backend(request) as backend:
+        yield backend
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def native_backend(request):
+    with _open_backend(request) as backend:
+        yield backend
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def threads():
+    """A function that sets the number of CPU threads for the rest of the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def isas():
+    """The instruction sets this machine can run; the one in use is set back after the test."""
+    introspect = fastconv.planning._introspection()
+    before = introspect.isa()
+    yield introspect.isas()
+    introspect.use_isa(before)
+
+
+@pytest.fixture(scope="session")
+def root():
+    return Path(os.fspath(ROOT))

@@ -1,0 +1,125 @@
+"""What the ops should compute, in float64 by torch, and how far from it rounding may take them.
+
+The bounds come from the inputs alone (Higham, Accuracy and Stability of Numerical Algorithms, chapters 3 and 4): a sum of
+n products, added in any order, is off by at most γ_n = n·u / (1 − n·u) times the same sum of absolute values. They are
+compared with the largest error and the largest such sum over a tensor, so that they also hold for methods that are
+accurate by the norm only. Nothing in them is tuned.
+"""
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+LOW_PRECISION = (torch.float16, torch.bfloat16)
+
+
+def unit_roundoff(dtype):
+    return torch.finfo(dtype).eps / 2
+
+
+def gamma(terms, dtype):
+    return terms * unit_roundoff(dtype) / (1 - terms * unit_roundoff(dtype))
+
+
+def accumulator(dtype):
+    """The type that sums of this dtype are kept in."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+@contextlib.contextmanager
+def without_onednn():
+    """torch's own kernels: oneDNN crashes on some valid convolutions (see test_pains.py)."""
+    before = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(before)
+
+
+@dataclass
+class Expected:
+    """The exact result, and the same sums over absolute values; `terms` products each. Both float64 on the CPU."""
+
+    value: torch.Tensor
+    magnitude: torch.Tensor
+    terms: int
+
+    def bound(self, dtype):
+        """How far the largest error of a result in this dtype may be, by rounding alone."""
+        if self.value.numel() == 0:
+            return 0.0
+        sums = self.magnitude.max().item()
+        # Ours in the accumulator's precision, and torch's in float64.
+        error = (gamma(self.terms, accumulator(dtype)) + gamma(self.terms, torch.float64)) * sums
+        if dtype in LOW_PRECISION:  # and the result is rounded once more; below the normal numbers that is absolute
+            error += unit_roundoff(dtype) * (self.value.abs().max().item() + error)
+            error += torch.finfo(dtype).tiny * unit_roundoff(dtype)
+        return error
+
+
+def largest_error(actual, value):
+    """Over a tensor. Infinite if the two disagree about NaNs or infinities."""
+    assert actual.shape == value.shape, f"shape {tuple(actual.shape)}, expected {tuple(value.shape)}"
+    actual, value = actual.detach().cpu().double(), value.double()
+    finite = value.isfinite()
+    if not torch.equal(actual[~finite].nan_to_num(0.5), value[~finite].nan_to_num(0.5)):
+        return float("inf")
+    difference = (actual - value)[finite].abs()
+    if difference.isnan().any():
+        return float("inf")
+    return difference.max().item() if difference.numel() else 0.0
+
+
+def assert_close(name, actual, expected, peer=None):
+    """Within the rounding bound and, if torch's result in the same low precision is given, twice its error."""
+    error, bound = largest_error(actual, expected.value), expected.bound(actual.dtype)
+    assert error <= bound, f"{name}: the largest error is {error:.3g}, the bound for rounding {bound:.3g}"
+    if peer is not None:
+        peer_error = largest_error(peer, expected.value)
+        assert error <= 2 * peer_error, f"{name}: the largest error is {error:.3g}, torch's own is {peer_error:.3g}"
+
+
+def _double(tensor):
+    return tensor.detach().cpu().double() if tensor is not None else None
+
+
+def conv2d_gradients(conv2d, x, w, bias, dy):
+    """(y, dx, dw, dbias or None) of y = conv2d(x, w, bias)."""
+    inputs = [t.detach().requires_grad_() for t in (x, w, bias) if t is not None]
+    y = conv2d(*inputs) if bias is not None else conv2d(*inputs, None)
+    grads = torch.autograd.grad(y, inputs, dy)
+    return y.detach(), *grads, *([None] if bias is None else [])
+
+
+def conv2d_reference(x, w, bias, dy, stride, padding, dilation, groups):
+    """Expected y, dx, dw and dbias (None without a bias) of a batched convolution."""
+    x, w, bias, dy = map(_double, (x, w, bias, dy))
+
+    def conv2d(x, w, bias):
+        return F.conv2d(x, w, bias, stride, padding, dilation, groups)
+
+    absolute = [t.abs() if t is not None else None for t in (x, w, bias, dy)]
+    with without_onednn():
+        values = conv2d_gradients(conv2d, x, w, bias, dy)
+        magnitudes = conv2d_gradients(conv2d, *absolute)
+    filters, channels, r, s = w.shape
+    n, _, p, q = dy.shape
+    terms = (channels * r * s + 1, filters // groups * r * s, n * p * q, n * p * q)
+    return [
+        Expected(*result) if result[0] is not None else None
+        for result in zip(values, magnitudes, terms, strict=True)
+    ]
+
+
+def max_pool2d_backward_reference(x, dy, kernel_size, stride, padding, dilation, ceil_mode):
+    """Expected dx. Each is a sum of at most as many dy as the window has elements."""
+    dx = []
+    for upstream in (_double(dy), _double(dy).abs()):
+        leaf = _double(x).contiguous().requires_grad_()
+        y = F.max_pool2d(leaf, kernel_size, stride, padding, dilation, ceil_mode)
+        dx += torch.autograd.grad(y, leaf, upstream)
+    r, s = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
+    return Expected(*dx, terms=r * s)

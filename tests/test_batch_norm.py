@@ -1,0 +1,159 @@
+"""batch_norm forward, backward and running statistics against float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from batch_norm_reference import batch_norm_reference
+from references import LOW_PRECISION, largest_error
+
+import fastconv
+
+SIZES = [(4, 3, 5, 7), (1, 5, 3, 4), (3, 1, 6, 2), (7, 17), (2, 1), (5, 6, 9), (2, 3, 2, 3, 4), (9, 4, 1, 1), (2, 70, 3, 1)]
+LARGE_SIZES = [(4, 40, 37, 41), (33, 300), (2, 130, 14, 15), (3, 5, 130, 121), (300, 70, 2, 3), (1, 2, 300, 301)]
+LAYOUTS = ("contiguous", "channels_last", "slices")
+RESULTS = ("y", "dx", "dweight", "dbias", "running_mean", "running_var")
+
+
+def lay_out(tensor, layout):
+    if layout == "channels_last" and tensor.dim() in (4, 5):
+        memory_format = torch.channels_last if tensor.dim() == 4 else torch.channels_last_3d
+        return tensor.contiguous(memory_format=memory_format)
+    if layout == "slices":
+        base = torch.full([2 * n for n in tensor.shape], float("nan"), dtype=tensor.dtype)
+        return base[tuple(slice(1, None, 2) for _ in tensor.shape)].copy_(tensor)
+    return tensor.contiguous()
+
+
+def run(batch_norm, x, weight, bias, running_mean, running_var, dy, training, momentum, eps):
+    """All six results, by name."""
+    leaves = [t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for t in (x, weight, bias)]
+    statistics = [t.clone() for t in (running_mean, running_var)]
+    y = batch_norm(leaves[0], *statistics, *leaves[1:], training, momentum, eps)
+    return dict(zip(RESULTS, (y.detach(), *torch.autograd.grad(y, leaves, dy), *statistics), strict=True))
+
+
+def check(backend, x, layout="contiguous", training=True, parameters=None, momentum=0.3, eps=1e-3, with_peer=False):
+    channels = x.shape[1]
+    dtype = parameters or x.dtype
+    weight, bias, running_mean, mean_offset = (torch.randn(channels, dtype=dtype) for _ in range(4))
+    running_var = torch.rand(channels, dtype=dtype) + 0.1
+    running_mean += mean_offset
+    x, dy = lay_out(x, layout), lay_out(torch.randn_like(x), layout)
+    inputs = (x, weight, bias, running_mean, running_var, dy)
+    expected = batch_norm_reference(*inputs, training, momentum, eps)
+    actual = run(fastconv.batch_norm, *map(backend.put, inputs), training, momentum, eps)
+    peers = run(F.batch_norm, *inputs, training, momentum, eps) if with_peer else {}
+    assert actual["y"].stride() == F.batch_norm(x, running_mean, running_var, training=False).stride()
+    for name, result in actual.items():
+        reference = expected[name]
+        error, bound = largest_error(result, reference.value), reference.bound(result.dtype)
+        assert error <= bound, f"{name}: the largest error is {error:.3g}, the bound for rounding {bound:.3g}"
+        if name in peers:
+            peer_error = largest_error(peers[name], reference.value)
+            assert error <= 2 * peer_error, f"{name}: the largest error is {error:.3g}, torch's own is {peer_error:.3g}"
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_forward_backward_and_statistics(backend, size, layout, training):
+    check(backend, torch.randn(size) * 2 + 3, layout, training)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("parameters", ["same", "float32"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_dtypes(backend, dtype, parameters, training):
+    if parameters == "float32" and dtype is torch.float64:
+        pytest.skip("float64 input takes float64 parameters only")
+    for size in ((4, 3, 5, 7), (9, 12)):
+        for layout in ("contiguous", "channels_last"):
+            kind = torch.float32 if parameters == "float32" else dtype
+            x = (torch.randn(size) + 1).to(dtype)
+            check(backend, x, layout, training, kind, with_peer=dtype in LOW_PRECISION)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("size", LARGE_SIZES, ids=str)
+def test_large(native_backend, size, layout, training):
+    for dtype in (torch.float32, torch.bfloat16):
+        check(native_backend, (torch.randn(size) * 3 - 1).to(dtype), layout, training)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_mean_much_larger_than_deviation(backend, layout):
+    check(backend, torch.randn(4, 3, 6, 5) + 3000, layout)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_without_weight_bias_or_statistics(backend, training):
+    x = torch.randn(3, 4, 5, 2)
+    weight, mean, var = torch.randn(4), torch.randn(4), torch.rand(4) + 0.5
+    for w, b in ((None, None), (weight, None), (None, weight)):
+        statistics = (None, None) if training else (mean, var)
+        y = fastconv.batch_norm(backend.put(x), *map(backend.put, statistics), *map(backend.put, (w, b)), training)
+        expected = batch_norm_reference(x, w, b, mean, var, torch.zeros_like(x), training, 0.1, 1e-5)["y"]
+        assert largest_error(y, expected.value) <= expected.bound(torch.float32)
+
+
+@pytest.mark.parametrize("frozen", ["input", "weight", "bias"])
+def test_gradients_of_some_inputs_only(backend, frozen):
+    names = ("input", "weight", "bias")
+    x, weight, bias, dy = torch.randn(3, 4, 5, 2), torch.randn(4), torch.randn(4), torch.randn(3, 4, 5, 2)
+    reference = batch_norm_reference(x, weight, bias, torch.zeros(4), torch.ones(4), dy, True, 0.1, 1e-5)
+    expected = dict(zip(names, (reference[k] for k in ("dx", "dweight", "dbias")), strict=True))
+    leaves = dict(zip(names, (backend.put(t.clone()).requires_grad_() for t in (x, weight, bias)), strict=True))
+    leaves[frozen].requires_grad_(False)
+    fastconv.batch_norm(leaves["input"], None, None, leaves["weight"], leaves["bias"], True).backward(backend.put(dy))
+    assert leaves[frozen].grad is None
+    for name in names:
+        if name != frozen:
+            assert largest_error(leaves[name].grad, expected[name].value) <= expected[name].bound(torch.float32)
+
+
+def test_evaluation_backward_ignores_later_changes_of_the_statistics(backend):
+    x, mean, var = torch.randn(3, 4, 5, 2), torch.randn(4), torch.rand(4) + 0.5
+    leaf, mean, var = backend.put(x).requires_grad_(), backend.put(mean), backend.put(var)
+    y = fastconv.batch_norm(leaf, mean, var)
+    expected = (var.double() + 1e-5).rsqrt()
+    mean.fill_(7), var.fill_(7)
+    y.sum().backward()
+    assert (leaf.grad - expected[:, None, None]).abs().max() <= 4 * 2**-24 * expected.max()
+
+
+@pytest.mark.launches_nothing
+def test_empty_batch_leaves_the_statistics_alone(backend):
+    mean, var = backend.put(torch.randn(3)), backend.put(torch.rand(3))
+    kept = mean.clone(), var.clone()
+    x = backend.put(torch.empty(0, 3, 4, 5)).requires_grad_()
+    weight = backend.put(torch.randn(3)).requires_grad_()
+    y = fastconv.batch_norm(x, mean, var, weight, None, training=True)
+    assert y.shape == x.shape
+    y.sum().backward()
+    assert x.grad.shape == x.shape and not weight.grad.any()
+    assert torch.equal(mean, kept[0]) and torch.equal(var, kept[1])
+
+
+def test_running_statistics_that_are_not_contiguous_are_updated(backend):
+    x = torch.randn(4, 3, 5, 2)
+    mean, var = backend.put(torch.zeros(6))[::2], backend.put(torch.ones(6))[::2]
+    fastconv.batch_norm(backend.put(x), mean, var, training=True, momentum=0.5)
+    expected_mean, expected_var = torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
+    F.batch_norm(x.double(), expected_mean, expected_var, training=True, momentum=0.5)
+    assert (mean.cpu() - expected_mean).abs().max() < 48 * 2**-24 * x.abs().max()
+    assert (var.cpu() - expected_var).abs().max() < 192 * 2**-24 * x.square().max()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_same_bits_for_any_number_of_threads_and_every_run(native_backend, layout, threads):
+    for size in LARGE_SIZES:
+        x, dy = (native_backend.put(lay_out(torch.randn(size), layout)) for _ in range(2))
+        parameters = [native_backend.put(torch.randn(size[1]).abs()) for _ in range(4)]
+        threads(1)
+        first = run(fastconv.batch_norm, x, *parameters, dy, True, 0.1, 1e-5)
+        for count in (1, 2, 3):
+            threads(count)
+            again = run(fastconv.batch_norm, x, *parameters, dy, True, 0.1, 1e-5)
+            for name in RESULTS:
+                assert torch.equal(first[name], again[name]), f"{size}: {name} differs with {count} threads"

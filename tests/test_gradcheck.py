@@ -1,0 +1,162 @@
+"""Every derivative against finite differences in float64: first and, for convolution and pooling, second order."""
+
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+
+import fastconv
+from fastconv import autograd
+
+# x, w, stride, padding, dilation, groups
+CONVOLUTIONS = {
+    "plain": ((2, 2, 4, 5), (3, 2, 2, 3), (1, 1), (0, 0), (1, 1), 1),
+    "stride": ((1, 2, 6, 5), (2, 2, 3, 2), (2, 3), (0, 0), (1, 1), 1),
+    "padding": ((1, 2, 3, 4), (2, 2, 2, 3), (1, 1), (2, 1), (1, 1), 1),
+    "dilation": ((1, 2, 6, 5), (2, 2, 3, 2), (1, 1), (0, 1), (2, 3), 1),
+    "groups": ((1, 4, 4, 3), (6, 2, 2, 2), (1, 2), (1, 0), (1, 1), 2),
+    "depthwise": ((2, 3, 4, 5), (3, 1, 3, 2), (1, 2), (1, 1), (1, 1), 3),
+    "1x1": ((2, 3, 3, 2), (4, 3, 1, 1), (1, 1), (0, 0), (1, 1), 1),
+    "never read": ((1, 2, 6, 7), (2, 2, 2, 3), (3, 5), (0, 0), (1, 1), 1),
+    "all": ((1, 4, 6, 7), (4, 2, 2, 3), (2, 1), (1, 2), (2, 1), 2),
+}
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+# kernel, stride, padding, dilation, ceil_mode
+WINDOWS = {
+    "2x2": ((2, 2), (2, 2), (0, 0), (1, 1), False),
+    "overlapping": ((3, 2), (2, 1), (1, 1), (1, 1), False),
+    "dilated, ceil": ((2, 3), (2, 2), (1, 1), (2, 1), True),
+}
+
+
+def leaf(backend, size, layout="contiguous"):
+    tensor = torch.randn(size, dtype=torch.float64)
+    return backend.put(tensor.contiguous(memory_format=LAYOUTS[layout]) if tensor.dim() == 4 else tensor).requires_grad_()
+
+
+def distinct(backend, size, layout):
+    """Values at least 0.1 apart, so that finite differences do not change which one is the largest."""
+    count = torch.Size(size).numel()
+    values = (torch.randperm(count) / 10).double().reshape(size)
+    return backend.put(values.contiguous(memory_format=LAYOUTS[layout])).requires_grad_()
+
+
+def check(backend, function, inputs, second_order=True):
+    fast = backend.name == "emulated"  # a random direction instead of every element
+    assert gradcheck(function, inputs, fast_mode=fast)
+    if second_order:
+        assert gradgradcheck(function, inputs, fast_mode=fast)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_conv2d(backend, name, layout):
+    x, w, *config = CONVOLUTIONS[name]
+    inputs = leaf(backend, x, layout), leaf(backend, w, layout), leaf(backend, (w[0],))
+    check(backend, lambda *inputs: fastconv.conv2d(*inputs, *config), inputs)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["all", "never read"])
+def test_conv2d_dgrad_and_wgrad_as_functions_of_their_own(backend, name, layout):
+    x_size, w_size, *config = CONVOLUTIONS[name]
+    config += [layout == "channels_last", False, None]
+    x, w = leaf(backend, x_size, layout), leaf(backend, w_size, layout)
+    dy = leaf(backend, fastconv.conv2d(x, w, None, *config[:4]).shape, layout)
+    check(backend, lambda dy, w: autograd.conv2d_dgrad(dy, w, x_size, *config), (dy, w))
+    check(backend, lambda dy, x: autograd.conv2d_wgrad(dy, x, w_size, True, *config), (dy, x))
+    check(backend, lambda dy, x: autograd.conv2d_wgrad(dy, x, w_size, True, *config)[1], (dy, x))
+
+
+def test_conv2d_by_algorithm(backend):
+    x, w, *config = CONVOLUTIONS["depthwise"]
+    inputs = leaf(backend, x), leaf(backend, w), leaf(backend, (w[0],))
+    for algo in backend.algorithms:
+        check(backend, lambda *inputs, algo=algo: fastconv.conv2d(*inputs, *config, algo=algo), inputs, algo == "direct")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", WINDOWS)
+def test_max_pool2d(backend, name, layout):
+    check(backend, lambda x: fastconv.max_pool2d(x, *WINDOWS[name]), (distinct(backend, (2, 2, 5, 6), layout),))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", WINDOWS)
+def test_max_pool2d_backward_and_gather(backend, name, layout):
+    window = (*WINDOWS[name], layout == "channels_last")
+    x = distinct(backend, (1, 2, 5, 6), layout)
+    y, offsets = autograd.max_pool2d(x, *window, return_offsets=True)
+    dy = leaf(backend, y.shape, layout)
+    check(backend, lambda dy: autograd.max_pool2d_backward(dy, offsets, x.shape, *window), (dy,))
+    check(backend, lambda x: autograd.max_pool2d_gather(x, offsets, *window), (x,))
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("size", [(3, 2, 2, 3), (5, 3)], ids=str)
+def test_batch_norm(backend, size, layout, training):
+    mean, var = (backend.put(torch.rand(size[1], dtype=torch.float64)) for _ in range(2))
+    inputs = leaf(backend, size, layout), leaf(backend, (size[1],)), leaf(backend, (size[1],))
+
+    def batch_norm(x, weight, bias):
+        return fastconv.batch_norm(x, mean.clone(), var.clone(), weight, bias, training)
+
+    check(backend, batch_norm, inputs, second_order=False)
+
+
+def test_batch_norm_has_no_second_derivative(backend):
+    x = leaf(backend, (3, 2, 2, 3))
+    (dx,) = torch.autograd.grad(fastconv.batch_norm(x, None, None, training=True).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+def test_ops_called_directly_keep_their_gradients(backend):
+    ops = torch.ops.fastconv_emulated if backend.name == "emulated" else torch.ops.fastconv
+    x_size, w_size, *config = CONVOLUTIONS["all"]
+    x, w, b = leaf(backend, x_size), leaf(backend, w_size), leaf(backend, (w_size[0],))
+    assert gradcheck(lambda *t: ops.conv2d_fprop(*t, *config, False, False, None), (x, w, b), fast_mode=True)
+    pooled = distinct(backend, (1, 2, 5, 6), "contiguous")
+    window = (*WINDOWS["overlapping"], False)
+    assert gradcheck(lambda x: ops.max_pool2d_forward(x, *window, True)[0], (pooled,), fast_mode=True)
+    mean, var = (backend.put(torch.rand(4, dtype=torch.float64)) for _ in range(2))
+    weight, bias = leaf(backend, (4,)), leaf(backend, (4,))
+    assert gradcheck(
+        lambda x, w, b: ops.batch_norm_eval(x, w, b, mean, var, 1e-5, False), (x, weight, bias), fast_mode=True
+    )
+
+
+def test_ops_called_directly_raise_where_they_have_no_derivative(backend):
+    ops = torch.ops.fastconv_emulated if backend.name == "emulated" else torch.ops.fastconv
+    x_size, w_size, *config = CONVOLUTIONS["all"]
+    config += [False, False, None]
+    x, w = leaf(backend, x_size), leaf(backend, w_size)
+    dy = fastconv.conv2d(x.detach(), w.detach(), None, *config[:4]).requires_grad_()
+    window = (*WINDOWS["2x2"], False)
+    with torch.no_grad():
+        y, offsets = ops.max_pool2d_forward(x, *window, True)
+    for call in (
+        lambda: ops.conv2d_dgrad(dy, w, x_size, *config),
+        lambda: ops.conv2d_wgrad(dy, x, w_size, True, *config)[0],
+        lambda: ops.max_pool2d_backward(y.requires_grad_(), offsets, x_size, *window),
+        lambda: ops.batch_norm_train(x, None, None, None, None, 0.1, 1e-5, False)[0],
+    ):
+        with pytest.raises(NotImplementedError, match="differentiable through fastconv"):
+            call().sum().backward()
+    with pytest.raises(RuntimeError, match="needs return_offsets=True"):
+        ops.max_pool2d_forward(x, *window, False)[0].sum().backward()
+
+
+def test_transforms_raise_instead_of_losing_a_derivative(backend):
+    x, w = torch.randn(1, 2, 5, 4), torch.randn(3, 2, 2, 3)
+    x, w = backend.put(x), backend.put(w)
+    fastconv.conv2d(x, w)
+    with pytest.raises(RuntimeError, match="setup_context|vmap"):
+        torch.func.vmap(lambda x: fastconv.conv2d(x[None], w))(x)
+    with pytest.raises(RuntimeError, match="setup_context"):
+        torch.func.grad(lambda x: fastconv.conv2d(x, w).sum())(x)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(RuntimeError, match="jvp|forward"):
+            fastconv.conv2d(dual, w)
