@@ -5,7 +5,7 @@
 TORCH := torch==2.13.0
 NVCC_PACKAGES := nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-crt==13.0.88 \
                  nvidia-cuda-runtime==13.0.96 nvidia-cuda-cccl==13.0.85
-BUILD_PACKAGES := setuptools ninja pybind11
+BUILD_PACKAGES := "setuptools>=77" ninja pybind11
 RUN_PACKAGES := numpy rich matplotlib pytest hypothesis
 LINTERS := ruff==0.17.5 clang-format==23.1.5
 CXX ?= g++
@@ -64,7 +64,7 @@ check-machine:
 
 check-environment: check-machine
 	@$(PYTHON) -c 'import torch, setuptools, ninja, pybind11' || \
-	  { echo "$(PYTHON) needs: pip install torch $(BUILD_PACKAGES) $(RUN_PACKAGES)"; exit 1; }
+	  { echo '$(PYTHON) needs: pip install torch $(BUILD_PACKAGES) $(RUN_PACKAGES)'; exit 1; }
 
 clean:
 	rm -rf build fastconv/*.so

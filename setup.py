@@ -168,7 +168,9 @@ def write_ninja(cuda_root):
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     include = f"-isystem {sysconfig.get_path('include')} -isystem {pybind11.get_include()} -fvisibility=hidden"
     introspect = n.edge(
-        "cxx", BUILD / f"introspect{suffix}.o", [ROOT / "csrc/introspect.cpp"],
+        "cxx",
+        BUILD / f"introspect{suffix}.o",
+        [ROOT / "csrc/introspect.cpp"],
         flags=f"{include} -DFASTCONV_WITH_CUDA={int(bool(cuda_root))}",
     )
     module = n.edge("link", BUILD / f"_introspect{suffix}", [introspect, libfastconv], flags="'-Wl,-rpath,$$ORIGIN'")
@@ -211,8 +213,12 @@ class Build(build_ext):
     def run(self):
         check_platform()
         cuda_root, reason = find_cuda()
-        print(f"fastconv: CUDA kernels by {cuda_root}/bin/nvcc" if cuda_root else
-              f"fastconv: building the CPU part only ({reason})", flush=True)
+        print(
+            f"fastconv: CUDA kernels by {cuda_root}/bin/nvcc"
+            if cuda_root
+            else f"fastconv: building the CPU part only ({reason})",
+            flush=True,
+        )
         outputs = write_ninja(cuda_root)
         run_ninja()
         if self.emulated:

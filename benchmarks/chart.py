@@ -33,7 +33,7 @@ def draw(result, path):
     figure, axes = plt.subplots(1, 2, sharey=True, figsize=(11, 1.6 + LINE * lines), layout="constrained")
     figure.suptitle(f"torch's time / fastconv's, {result['settings']['dtype']}", fontsize=13, x=0.01, ha="left")
     ratios = [row["ratio"] for row in result["rows"] if row["ratio"]] or [1.0]
-    low, high = min(0.5, *ratios) / 1.25, max(2.0, *ratios) * 1.25
+    low, high = min(0.5, *ratios) / 1.4, max(2.0, *ratios) * 1.4
     for axis, direction in zip(axes, PASSES, strict=True):
         draw_direction(axis, groups, result["summary"], direction, low, high)
     axes[0].set_yticks(*ticks(groups), fontsize=8)
@@ -87,8 +87,8 @@ def draw_direction(axis, groups, summary, direction, low, high):
     axis.axvline(1, color="black", linewidth=0.8, zorder=4)
     axis.set_xscale("log", base=2)
     axis.set_xlim(low, high)
-    powers = [2.0**p for p in range(math.floor(math.log2(low)), math.ceil(math.log2(high)) + 1)]
-    axis.set_xticks([p for p in powers if low <= p <= high], [f"{p:g}×" for p in powers if low <= p <= high])
+    powers = range(math.ceil(math.log2(low)), math.floor(math.log2(high)) + 1)
+    axis.set_xticks([2.0**p for p in powers], [f"1/{2**-p}×" if p < 0 else f"{2**p}×" for p in powers])
     axis.minorticks_off()
     axis.grid(axis="x", color="#dddddd", linewidth=0.6, zorder=1)
     axis.set_title(direction, fontsize=10, loc="left")

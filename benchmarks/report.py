@@ -5,7 +5,7 @@ import math
 import re
 from dataclasses import asdict
 
-from layers import GROUPS, PASSES
+from layers import BACKWARD, GROUPS, LAYERS, PASSES
 from rich.console import Console
 from rich.table import Table
 
@@ -80,16 +80,21 @@ def times(ratio):
     return f"{ratio:.2f}×" if ratio else "–"
 
 
+def three_digits(value):
+    """0.0123, 0.123, 1.23, 12.3, 123, 1234: no exponents."""
+    return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}" if value > 0 else "0"
+
+
 def milliseconds(timing):
     if timing is None:
         return "–"
-    return f"{timing['median']:.3g} ({100 * (timing['high'] - timing['low']) / timing['median']:.0f}%)"
+    return f"{three_digits(timing['median'])} ({100 * (timing['high'] - timing['low']) / timing['median']:.0f}%)"
 
 
 def rate(row):
     if row["rate"] is None:
         return "–"
-    return f"{row['rate']:.{0 if row['rate'] >= 100 else 1}f} {row['unit']}"
+    return f"{three_digits(row['rate'])} {row['unit']}"
 
 
 def verdict(row):
@@ -105,11 +110,11 @@ def verdict(row):
 def group_table(group, rows):
     """A group's rows, one a line."""
     table = Table(title=group, title_justify="left", title_style="bold", box=None, pad_edge=False, show_edge=False)
-    table.add_column("layer", no_wrap=True)
+    table.add_column("layer", no_wrap=True, min_width=max(len(layer.name) for layer in LAYERS))
     table.add_column("layout")
-    table.add_column("pass", no_wrap=True)
-    for name in ("fastconv ms (IQR)", "torch ms (IQR)", "fastconv's rate", "of limit", "ratio"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("pass", no_wrap=True, min_width=len(BACKWARD))
+    for name, width in (("fastconv ms (IQR)", 17), ("torch ms (IQR)", 14), ("rate", 13), ("of limit", 8), ("ratio", 6)):
+        table.add_column(name, justify="right", no_wrap=True, min_width=width)
     table.add_column("check", overflow="fold")
     last = None
     for row in rows:

@@ -31,7 +31,7 @@ from report import as_dicts, console, group_table, headline, summarize, summary_
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn  # noqa: E402
 
 SECONDS, ROUNDS = 2.0, (7, 200)  # for each direction of a layer in a layout
-QUICK_SECONDS, QUICK_ROUNDS = 1.0, (3, 100)
+QUICK_SECONDS, QUICK_ROUNDS = 0.6, (3, 100)
 
 
 def parse(arguments):
@@ -66,11 +66,11 @@ def main(arguments=None):
     described = machine.describe(device)
     out.print(machine.title(described))
     limits = machine.limits(device, options.dtype)
-    selection = f"the quick selection of {len(layers.LAYERS)}" if options.quick else f"of {len(layers.LAYERS)}"
+    quick = ", quick" * options.quick
     out.print(
-        f"{options.dtype}, {len(options.layers)} layers, {selection}; limits measured here: "
+        f"{options.dtype}, {len(options.layers)} of the {len(layers.LAYERS)} layers{quick}; limits measured here: "
         f"copy {limits['copy_gb_s']:.1f} GB/s, matmul {limits['matmul_gflop_s']:.0f} GFLOP/s\n"
-        f"ratio: torch's time / fastconv's, above 1 fastconv is faster; medians, (interquartile range)"
+        f"ratio: torch's time / fastconv's, above 1 fastconv is faster; medians (and interquartile ranges)"
     )
     rows = run(options, device, limits, out)
 

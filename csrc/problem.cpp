@@ -85,7 +85,8 @@ Conv2dProblem make_conv2d_problem(const Sizes& x_size, const Sizes& w_size, cons
   const Pair spread = conv_pair("dilation", dilation);
   if (pad.h < 0 || pad.w < 0) fail("negative padding is not supported");
   if (step.h <= 0 || step.w <= 0) fail("non-positive stride is not supported");
-  if (spread.h <= 0 || spread.w <= 0) fail("non-positive dilation is not supported");
+  if (spread.h < 0 || spread.w < 0) fail("dilation should be greater than zero");
+  if (spread.h == 0 || spread.w == 0) fail("non-positive dilation is not supported");
   if (groups <= 0) fail("non-positive groups is not supported");
 
   Conv2dProblem p{};

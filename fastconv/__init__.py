@@ -1,11 +1,11 @@
 """fastconv: hand-written convolution, max pooling and BatchNorm for PyTorch, on CUDA and on the CPU.
 
-    y = fastconv.conv2d(x, w, bias, stride=2, padding=1)    # torch.nn.functional's signatures
-    model = fastconv.convert(model)                         # swap a model's layers in place
-    print(fastconv.plan(x, w, padding=1))                   # which kernel, and why
+y = fastconv.conv2d(x, w, bias, stride=2, padding=1)    # torch.nn.functional's signatures
+model = fastconv.convert(model)                         # swap a model's layers in place
+print(fastconv.plan(x, w, padding=1))                   # which kernel, and why
 """
 
-from . import _fake  # noqa: F401  (registers the ops' fake kernels)
+from . import _fake, _vmap, transforms  # noqa: F401  (register fake kernels, vmap rules, jvps)
 from .functional import batch_norm, conv2d, max_pool2d
 from .modules import BatchNorm2d, Conv2d, MaxPool2d
 from .planning import Plan, algorithms, plan

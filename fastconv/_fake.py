@@ -20,9 +20,7 @@ def conv2d_dgrad(dy, w, x_size, stride, padding, dilation, groups, channels_last
     return _empty(dy, x_size, channels_last)
 
 
-def conv2d_wgrad(
-    dy, x, w_size, bias_grad, stride, padding, dilation, groups, channels_last, allow_tf32, algo
-):
+def conv2d_wgrad(dy, x, w_size, bias_grad, stride, padding, dilation, groups, channels_last, allow_tf32, algo):
     return _empty(dy, w_size, channels_last), _empty(dy, (w_size[0] if bias_grad else 0,), False)
 
 
@@ -31,17 +29,13 @@ def _offset_dtype(kernel_size):
     return torch.uint8 if window <= 256 else torch.uint16 if window <= 65536 else torch.uint32
 
 
-def max_pool2d_forward(
-    x, kernel_size, stride, padding, dilation, ceil_mode, channels_last, return_offsets
-):
+def max_pool2d_forward(x, kernel_size, stride, padding, dilation, ceil_mode, channels_last, return_offsets):
     size = F.max_pool2d(x, kernel_size, stride, padding, dilation, ceil_mode).shape
     y = _empty(x, size, channels_last)
     return y, _empty(x, size if return_offsets else (0,), channels_last, _offset_dtype(kernel_size))
 
 
-def max_pool2d_backward(
-    dy, offsets, x_size, kernel_size, stride, padding, dilation, ceil_mode, channels_last
-):
+def max_pool2d_backward(dy, offsets, x_size, kernel_size, stride, padding, dilation, ceil_mode, channels_last):
     return _empty(dy, x_size, channels_last)
 
 

@@ -12,19 +12,26 @@ through the Function otherwise. `config` is what the conv ops take after their t
 
 import torch
 from torch.autograd import Function, forward_ad
-from torch.autograd.function import once_differentiable
 
 from . import _ops
 
 
-def _tracked(*tensors):
-    """True if a derivative of these may be asked for. Forward-mode AD and torch.func reach Function.apply, which
-    raises for what it does not support; the bare op would lose the derivative without a word."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return True
-    if torch.compiler.is_compiling():
-        return False
-    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+class Leaf(tuple):
+    """A tuple that torch's pytrees do not take apart: functorch's jvp under vmap miscounts nested arguments."""
+
+
+def _call(function, op, differentiable, args):
+    """Call the op itself, its Function, or the Function's subclass from fastconv.transforms: the cheapest that loses no
+    derivative. `differentiable` are the tensors that may need one."""
+    if not torch.compiler.is_compiling() and (
+        forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+    ):
+        return function.transformable.apply(*(Leaf(a) if isinstance(a, (tuple, list)) else a for a in args))
+    if torch.is_grad_enabled():
+        for tensor in differentiable:
+            if tensor is not None and tensor.requires_grad:
+                return function.apply(*args)
+    return op(*args)
 
 
 class Conv2d(Function):
@@ -88,15 +95,15 @@ class Conv2dWgrad(Function):
 
 
 def conv2d(x, w, bias, *config):
-    return (Conv2d.apply if _tracked(x, w, bias) else _ops.conv2d_fprop)(x, w, bias, *config)
+    return _call(Conv2d, _ops.conv2d_fprop, (x, w, bias), (x, w, bias, *config))
 
 
 def conv2d_dgrad(dy, w, x_size, *config):
-    return (Conv2dDgrad.apply if _tracked(dy, w) else _ops.conv2d_dgrad)(dy, w, x_size, *config)
+    return _call(Conv2dDgrad, _ops.conv2d_dgrad, (dy, w), (dy, w, x_size, *config))
 
 
 def conv2d_wgrad(dy, x, w_size, bias_grad, *config):
-    return (Conv2dWgrad.apply if _tracked(dy, x) else _ops.conv2d_wgrad)(dy, x, w_size, bias_grad, *config)
+    return _call(Conv2dWgrad, _ops.conv2d_wgrad, (dy, x), (dy, x, w_size, bias_grad, *config))
 
 
 class MaxPool2d(Function):
@@ -144,55 +151,64 @@ class MaxPool2dGather(Function):
 
 def max_pool2d(x, *window, return_offsets):
     """y and its offsets, which are empty unless they are asked for or a gradient needs them."""
-    return MaxPool2d.apply(x, *window) if _tracked(x) else _ops.max_pool2d_forward(x, *window, return_offsets)
+
+    def without_gradient(x, *window):
+        return _ops.max_pool2d_forward(x, *window, return_offsets)
+
+    return _call(MaxPool2d, without_gradient, (x,), (x, *window))
 
 
 def max_pool2d_backward(dy, offsets, x_size, *window):
-    return (MaxPool2dBackward.apply if _tracked(dy) else _ops.max_pool2d_backward)(dy, offsets, x_size, *window)
+    return _call(MaxPool2dBackward, _ops.max_pool2d_backward, (dy,), (dy, offsets, x_size, *window))
 
 
 def max_pool2d_gather(x, offsets, *window):
-    return (MaxPool2dGather.apply if _tracked(x) else _ops.max_pool2d_gather)(x, offsets, *window)
+    return _call(MaxPool2dGather, _ops.max_pool2d_gather, (x,), (x, offsets, *window))
 
 
 class BatchNormTrain(Function):
-    @staticmethod
-    def forward(ctx, x, weight, bias, running_mean, running_var, momentum, eps, channels_last):
-        y, mean, invstd = _ops.batch_norm_train(
-            x, weight, bias, running_mean, running_var, momentum, eps, channels_last
-        )
-        ctx.save_for_backward(x, weight, mean, invstd)
-        ctx.bias_dtype = bias.dtype if bias is not None else None
-        ctx.channels_last = channels_last
-        return y
+    """Returns y, and the batch's mean and 1/√(var + eps), which are not differentiable."""
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
+    def forward(ctx, x, weight, bias, running_mean, running_var, momentum, eps, channels_last):
+        outputs = _ops.batch_norm_train(x, weight, bias, running_mean, running_var, momentum, eps, channels_last)
+        _save_batch_norm(ctx, x, weight, bias, *outputs[1:], eps, channels_last)
+        return outputs
+
+    @staticmethod
+    def backward(ctx, dy, *_):
         return *_batch_norm_grads(ctx, dy, training=True), *(None for _ in range(5))
 
 
 class BatchNormEval(Function):
     @staticmethod
     def forward(ctx, x, weight, bias, running_mean, running_var, eps, channels_last):
-        statistics = torch.float64 if x.dtype is torch.float64 else torch.float32
-        # Copies, since a training step before backward would change the running statistics in place.
-        mean = running_mean.to(statistics, copy=True)
-        invstd = (running_var.to(statistics) + eps).rsqrt()
-        ctx.save_for_backward(x, weight, mean, invstd)
-        ctx.bias_dtype = bias.dtype if bias is not None else None
-        ctx.channels_last = channels_last
+        _save_batch_norm(ctx, x, weight, bias, *_running(x, running_mean, running_var, eps), eps, channels_last)
         return _ops.batch_norm_eval(x, weight, bias, running_mean, running_var, eps, channels_last)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
         return *_batch_norm_grads(ctx, dy, training=False), *(None for _ in range(4))
 
 
+def _running(x, running_mean, running_var, eps):
+    """mean and 1/√(var + eps) as copies, since a training step before backward would change the running statistics."""
+    statistics = torch.float64 if x.dtype is torch.float64 else torch.float32
+    return running_mean.to(statistics, copy=True), (running_var.to(statistics) + eps).rsqrt()
+
+
+def _save_batch_norm(ctx, x, weight, bias, mean, invstd, eps, channels_last):
+    ctx.save_for_backward(x, weight, mean, invstd)
+    ctx.bias_dtype = bias.dtype if bias is not None else None
+    ctx.eps, ctx.channels_last = eps, channels_last
+
+
 def _batch_norm_grads(ctx, dy, training):
     x, weight, mean, invstd = ctx.saved_tensors
-    dx, dweight, dbias = _ops.batch_norm_backward(dy, x, weight, mean, invstd, training, ctx.channels_last)
+    if torch.is_grad_enabled():
+        dx, dweight, dbias = batch_norm_backward(dy, x, weight, mean, invstd, training, ctx.eps)
+    else:
+        dx, dweight, dbias = _ops.batch_norm_backward(dy, x, weight, mean, invstd, training, ctx.channels_last)
     needs_x_grad, needs_weight_grad, needs_bias_grad = ctx.needs_input_grad[:3]
     return (
         dx if needs_x_grad else None,
@@ -201,14 +217,46 @@ def _batch_norm_grads(ctx, dy, training):
     )
 
 
+def batch_norm_backward(dy, x, weight, mean, invstd, training, eps):
+    """The formula of the op batch_norm_backward in torch's own differentiable arithmetic.
+
+    This is what runs where the backward pass is to be differentiated again (create_graph=True).
+    """
+    dims = [dim for dim in range(x.dim()) if dim != 1]
+    dy, normalized, invstd = dy.to(mean.dtype), *normalize(x, mean, invstd, training, eps)
+    dweight, dbias = (dy * normalized).sum(dims), dy.sum(dims)
+    if training:
+        count = x.numel() / max(x.shape[1], 1)
+        dy = dy - (per_channel(dbias, x) + normalized * per_channel(dweight, x)) / count
+    scale = invstd if weight is None else invstd * per_channel(weight.to(mean.dtype), x)
+    return (dy * scale).to(x.dtype), dweight, dbias
+
+
+def normalize(x, mean, invstd, training, eps):
+    """x̂ = (x − μ)/√(σ² + eps) and 1/√(σ² + eps), as functions of x in training."""
+    dims = [dim for dim in range(x.dim()) if dim != 1]
+    x = x.to(mean.dtype)
+    if training:
+        centred = x - x.mean(dims, keepdim=True)
+        invstd = (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
+    else:
+        centred, invstd = x - per_channel(mean, x), per_channel(invstd, x)
+    return centred * invstd, invstd
+
+
+def per_channel(values, x):
+    """C values in a shape that broadcasts against x."""
+    return values.view(-1, *(1,) * (x.dim() - 2))
+
+
 def batch_norm_train(x, weight, bias, running_mean, running_var, momentum, eps, channels_last):
     args = (x, weight, bias, running_mean, running_var, momentum, eps, channels_last)
-    return BatchNormTrain.apply(*args) if _tracked(x, weight, bias) else _ops.batch_norm_train(*args)[0]
+    return _call(BatchNormTrain, _ops.batch_norm_train, (x, weight, bias), args)[0]
 
 
 def batch_norm_eval(x, weight, bias, running_mean, running_var, eps, channels_last):
     args = (x, weight, bias, running_mean, running_var, eps, channels_last)
-    return BatchNormEval.apply(*args) if _tracked(x, weight, bias) else _ops.batch_norm_eval(*args)
+    return _call(BatchNormEval, _ops.batch_norm_eval, (x, weight, bias), args)
 
 
 def register(namespace):
@@ -241,9 +289,7 @@ def register(namespace):
 
     def batch_norm_setup(ctx, inputs, output):
         x, weight, bias, running_mean, running_var, eps, channels_last = inputs
-        invstd = (running_var.to(torch.promote_types(x.dtype, torch.float32)) + eps).rsqrt()
-        ctx.save_for_backward(x, weight, running_mean.clone(), invstd)
-        ctx.bias_dtype, ctx.channels_last = bias.dtype if bias is not None else None, channels_last
+        _save_batch_norm(ctx, x, weight, bias, *_running(x, running_mean, running_var, eps), eps, channels_last)
 
     def batch_norm_grad(ctx, dy):
         return *_batch_norm_grads(ctx, dy, training=False), *(None for _ in range(4))
@@ -263,7 +309,7 @@ def register(namespace):
     # register_autograd takes no op that writes to its inputs, so this one gets a kernel that raises.
     def batch_norm_train_autograd(x, weight, bias, *rest):
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
-            raise NotImplementedError(f"{namespace}::batch_norm_train is differentiable through fastconv.batch_norm only")
+            raise NotImplementedError(f"{namespace}::batch_norm_train: fastconv.batch_norm is the differentiable one")
         with torch._C._AutoDispatchBelowAutograd():
             return getattr(torch.ops, namespace).batch_norm_train.default(x, weight, bias, *rest)
 

@@ -1,5 +1,6 @@
 """conv2d, max_pool2d and batch_norm with the signatures and semantics of torch.nn.functional."""
 
+import math
 import warnings
 
 import torch
@@ -175,7 +176,9 @@ def batch_norm(input, running_mean, running_var, weight=None, bias=None, trainin
     if not _has_kernel(input):
         _warn_fallback("batch_norm", input)
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    if training and input.dim() >= 2 and input.numel() == input.shape[1]:
+    if input.dim() < 2:  # torch's own error
+        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    if training and input.shape[0] * math.prod(input.shape[2:]) == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
     if training and eps <= 0.0:
         raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
@@ -183,9 +186,7 @@ def batch_norm(input, running_mean, running_var, weight=None, bias=None, trainin
         raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
     channels_last = input.dim() in (4, 5) and _channels_last(input)
     if training:
-        return autograd.batch_norm_train(
-            input, weight, bias, running_mean, running_var, momentum, eps, channels_last
-        )
+        return autograd.batch_norm_train(input, weight, bias, running_mean, running_var, momentum, eps, channels_last)
     for name, statistics in (("running_mean", running_mean), ("running_var", running_var)):
         if statistics is None:
             raise RuntimeError(f"{name} must be defined in evaluation mode")

@@ -188,7 +188,7 @@ FASTCONV_INLINE void store(float16_t* p, vec_t<float> v) {
 }
 template <typename T>
 FASTCONV_INLINE vec_t<T> broadcast(acc_t<T> value) {
-  return vec_t<T>{} + value;
+  return value - vec_t<T>{};  // exact for −0 too, so the compiler emits the broadcast alone
 }
 
 // Distributes tasks 0 … tasks−1 over the workers: task(worker, index). Which worker takes a task is left to chance, so

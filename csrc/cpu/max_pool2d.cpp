@@ -9,7 +9,7 @@
 // A last vector may hang over into what follows: the lanes beyond are garbage, and are written again afterwards by
 // whoever computes what follows. It never reads beyond the tensor and never writes beyond its task; where it would, the
 // rest is done one element at a time.
-#include "isa.h"
+#include "max_pool2d_vectors.h"
 
 namespace fastconv::cpu {
 namespace {
@@ -35,130 +35,75 @@ FASTCONV_INLINE Taps taps_inside(int64_t start, int64_t dilation, int64_t taps, 
   return {begin, max_of(begin, end)};
 }
 
-// Windows that cover a coordinate: number out − i·out_step by its tap first + i·tap_step, for i in [begin, end).
+// One of the two axes of a pool.
+struct Axis {
+  int64_t stride, pad, dilation, taps, outs, most;  // most windows over a coordinate, if there is no dilation
+};
+Axis row_axis(const MaxPool2dProblem& p) {
+  return {p.stride_h, p.pad_h, p.dilation_h, p.R, p.P, ceil_div(p.R, p.stride_h)};
+}
+Axis column_axis(const MaxPool2dProblem& p) {
+  return {p.stride_w, p.pad_w, p.dilation_w, p.S, p.Q, ceil_div(p.S, p.stride_w)};
+}
+
+// The windows that cover a coordinate: out − i·out_step, by tap + i·tap_step, for 0 ≤ i < count.
 struct Cover {
-  int64_t out, out_step, tap, tap_step, begin, end;
+  int64_t out, out_step, tap, tap_step, count;
 };
 
-// All solutions of out·stride + tap·dilation = position with 0 ≤ tap < taps; out may lie outside of the output.
-// A position that is j·stride further on has the same taps, and windows that are j further on.
-Cover cover(int64_t position, int64_t stride, int64_t dilation, int64_t taps) {
+// All solutions of out·stride + tap·dilation = coordinate + pad with 0 ≤ tap < taps; out may lie outside of the output.
+// A coordinate that is j·stride further on has the same taps, and windows that are j further on.
+Cover cover(const Axis& axis, int64_t coordinate) {
+  const int64_t position = coordinate + axis.pad, stride = axis.stride;
+  if (axis.dilation == 1) {
+    const int64_t out = position / stride, tap = position - out * stride;
+    return {out, 1, tap, stride, tap < axis.taps ? ceil_div(axis.taps - tap, stride) : 0};
+  }
   int64_t gcd = stride;
-  for (int64_t a = dilation; a != 0;) {
+  for (int64_t a = axis.dilation; a != 0;) {
     const int64_t rest = gcd % a;
     gcd = a;
     a = rest;
   }
-  const int64_t tap_step = stride / gcd;
+  const int64_t tap_step = stride / gcd, candidates = min_of(axis.taps, tap_step);
   int64_t tap = 0;
-  while (tap < min_of(taps, tap_step) && (position - tap * dilation) % stride != 0) ++tap;
-  if (tap >= min_of(taps, tap_step)) return {0, 1, 0, 1, 0, 0};
-  return {(position - tap * dilation) / stride, dilation / gcd, tap, tap_step, 0, ceil_div(taps - tap, tap_step)};
+  while (tap < candidates && (position - tap * axis.dilation) % stride != 0) ++tap;
+  if (tap == candidates) return {0, 1, 0, 1, 0};
+  return {(position - tap * axis.dilation) / stride, axis.dilation / gcd, tap, tap_step,
+          ceil_div(axis.taps - tap, tap_step)};
 }
-
-// The same, j windows further on and without those outside [0, outs).
-FASTCONV_INLINE Cover clip(Cover c, int64_t j, int64_t outs) {
-  c.out += j;
-  if (c.out >= outs) c.begin = min_of(ceil_div(c.out - outs + 1, c.out_step), c.end);
-  while (c.end > c.begin && c.out < (c.end - 1) * c.out_step) --c.end;
+// The cover of coordinate + 1, from that of coordinate.
+FASTCONV_INLINE Cover next_cover(const Axis& axis, int64_t coordinate, Cover c) {
+  if (axis.dilation != 1) return cover(axis, coordinate + 1);
+  if (++c.tap == axis.stride) return {c.out + 1, 1, 0, axis.stride, axis.most};
+  if (c.count > 0 && c.tap + (c.count - 1) * axis.stride >= axis.taps) --c.count;
   return c;
 }
 
-// Vectors of strided elements. Two-strided ones come in an order of their own, which in_order() undoes.
-
-#if defined(__AVX512F__)
-FASTCONV_INLINE vfloat even(vfloat a, vfloat b) {
-  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-}
-FASTCONV_INLINE vec_t<double> even(vec_t<double> a, vec_t<double> b) {
-  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14);
-}
-template <typename V>
-FASTCONV_INLINE V in_order(V v) {
-  return v;
-}
-FASTCONV_INLINE vfloat low_pairs(vfloat a, vfloat b) {
-  return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-}
-FASTCONV_INLINE vfloat high_pairs(vfloat a, vfloat b) {
-  return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-}
-FASTCONV_INLINE vec_t<double> low_pairs(vec_t<double> a, vec_t<double> b) {
-  return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
-}
-FASTCONV_INLINE vec_t<double> high_pairs(vec_t<double> a, vec_t<double> b) {
-  return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
-}
-#elif defined(__AVX2__)
-FASTCONV_INLINE vfloat even(vfloat a, vfloat b) { return __builtin_shufflevector(a, b, 0, 2, 8, 10, 4, 6, 12, 14); }
-FASTCONV_INLINE vec_t<double> even(vec_t<double> a, vec_t<double> b) {
-  return __builtin_shufflevector(a, b, 0, 4, 2, 6);
-}
-template <typename V>
-FASTCONV_INLINE V in_order(V v) {
-  const vec_t<double> pairs = (vec_t<double>)v;
-  return (V)__builtin_shufflevector(pairs, pairs, 0, 2, 1, 3);
-}
-FASTCONV_INLINE vfloat low_pairs(vfloat a, vfloat b) { return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11); }
-FASTCONV_INLINE vfloat high_pairs(vfloat a, vfloat b) {
-  return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
-}
-FASTCONV_INLINE vec_t<double> low_pairs(vec_t<double> a, vec_t<double> b) {
-  return __builtin_shufflevector(a, b, 0, 4, 1, 5);
-}
-FASTCONV_INLINE vec_t<double> high_pairs(vec_t<double> a, vec_t<double> b) {
-  return __builtin_shufflevector(a, b, 2, 6, 3, 7);
-}
-#else
-FASTCONV_INLINE vfloat even(vfloat a, vfloat b) { return __builtin_shufflevector(a, b, 0, 2, 4, 6); }
-FASTCONV_INLINE vec_t<double> even(vec_t<double> a, vec_t<double> b) { return __builtin_shufflevector(a, b, 0, 2); }
-template <typename V>
-FASTCONV_INLINE V in_order(V v) {
-  return v;
-}
-FASTCONV_INLINE vfloat low_pairs(vfloat a, vfloat b) { return __builtin_shufflevector(a, b, 0, 4, 1, 5); }
-FASTCONV_INLINE vfloat high_pairs(vfloat a, vfloat b) { return __builtin_shufflevector(a, b, 2, 6, 3, 7); }
-FASTCONV_INLINE vec_t<double> low_pairs(vec_t<double> a, vec_t<double> b) { return __builtin_shufflevector(a, b, 0, 2); }
-FASTCONV_INLINE vec_t<double> high_pairs(vec_t<double> a, vec_t<double> b) {
-  return __builtin_shufflevector(a, b, 1, 3);
-}
-#endif
-
-// `stride` is 1, 2 or, for any other, 0: then it is `step`.
-template <int stride, typename T>
-FASTCONV_INLINE vec_t<T> load_strided(const T* p, int64_t step) {
-  if constexpr (stride == 1) {
-    return load(p);
-  } else if constexpr (stride == 2) {
-    return even(load(p), load(p + lanes<T>));
-  } else {
-    vec_t<T> v;
-    for (int i = 0; i < lanes<T>; ++i) v[i] = to_acc(p[i * step]);
-    return v;
+// The same j windows further on, without those outside of the output.
+FASTCONV_INLINE Cover inside(Cover c, const Axis& axis, int64_t j) {
+  c.out += j;
+  for (; c.count > 0 && c.out >= axis.outs; --c.count) {
+    c.out -= c.out_step;
+    c.tap += c.tap_step;
   }
-}
-template <int stride>
-FASTCONV_INLINE int64_t elements_read(int64_t lanes, int64_t step) {
-  return stride == 0 ? (lanes - 1) * step + 1 : stride * lanes;
+  while (c.count > 0 && c.out < (c.count - 1) * c.out_step) --c.count;
+  return c;
 }
 
-template <typename T, typename Offset>
-struct OffsetVector {
-  typedef Offset type __attribute__((vector_size(lanes<T> * sizeof(Offset))));
+// A walk over planes of rows × columns.
+struct Walk {
+  int64_t rows, columns, column, row, plane;
+  Walk(int64_t i, int64_t rows, int64_t columns)
+      : rows(rows), columns(columns), column(i % columns), row(i / columns % rows), plane(i / columns / rows) {}
+  FASTCONV_INLINE void next() {
+    if (++column < columns) return;
+    column = 0;
+    if (++row < rows) return;
+    row = 0;
+    ++plane;
+  }
 };
-template <typename T, typename Offset>
-FASTCONV_INLINE void store_offsets(Offset* offsets, int64_t i, mask_t<T> v) {
-  if constexpr (is_kept<Offset>) {
-    const auto narrow = __builtin_convertvector(v, typename OffsetVector<T, Offset>::type);
-    memcpy(offsets + i, &narrow, sizeof narrow);
-  }
-}
-template <typename T, typename Offset>
-FASTCONV_INLINE mask_t<T> load_offsets(const Offset* offsets) {
-  typename OffsetVector<T, Offset>::type narrow;
-  memcpy(&narrow, offsets, sizeof narrow);
-  return __builtin_convertvector(narrow, mask_t<T>);
-}
 
 template <typename T>
 FASTCONV_INLINE mask_t<T> all_taps(int64_t tap) {
@@ -171,18 +116,32 @@ FASTCONV_INLINE mask_t<T> all_taps(int64_t tap) {
 // The scan of `lanes` windows at once.
 template <typename T>
 struct Best {
-  vec_t<T> value;
+  vec_t<T> value, sum;
   mask_t<T> offset;
-
-  FASTCONV_INLINE void take(vec_t<T> v, int64_t tap) {
-    const mask_t<T> better = (v > value) | (v != v);
-    value = better ? v : value;
-    offset = better ? all_taps<T>(tap) : offset;
-  }
 };
-template <typename T>
-FASTCONV_INLINE Best<T> nothing_yet(int64_t first_tap) {
-  return {broadcast<T>(-__builtin_inf()), all_taps<T>(first_tap)};
+// Scans `rows` × `cols` taps from offset `first` on; load_tap(r, s) gives their values. Without NaNs one comparison a
+// tap is enough; the sum of the values, which a NaN makes NaN, tells whether to scan again with both.
+template <bool with_nans, typename T, typename Load>
+FASTCONV_INLINE Best<T> scan(int64_t rows, int64_t cols, int64_t first, int64_t window_width, const Load& load_tap) {
+  mask_t<T> tap = all_taps<T>(first);
+  Best<T> best = {broadcast<T>(-__builtin_inf()), vec_t<T>{}, tap};
+  const mask_t<T> next_row = all_taps<T>(window_width - cols);
+  for (int64_t r = 0; r < rows; ++r, tap += next_row)
+    for (int64_t s = 0; s < cols; ++s, tap += all_taps<T>(1)) {
+      const vec_t<T> v = load_tap(r, s);
+      mask_t<T> keep = v <= best.value;
+      if (with_nans) keep = (keep | (best.value != best.value)) & (v == v);
+      best.value = keep ? best.value : v;
+      best.offset = keep ? best.offset : tap;
+      best.sum += v;
+    }
+  return best;
+}
+template <typename T, typename Load>
+FASTCONV_INLINE Best<T> scan(int64_t rows, int64_t cols, int64_t first, int64_t window_width, const Load& load_tap) {
+  const Best<T> best = scan<false, T>(rows, cols, first, window_width, load_tap);
+  if (__builtin_expect(!any(best.sum != best.sum), true)) return best;
+  return scan<true, T>(rows, cols, first, window_width, load_tap);
 }
 
 // One window of one channel. Element (h, w) of the plane is plane[(h·W + w)·pixel].
@@ -205,109 +164,106 @@ __attribute__((noinline)) void forward_window(const MaxPool2dProblem& p, const T
   if constexpr (is_kept<Offset>) offsets[i] = Offset(offset);
 }
 
-// y[i …] = the windows [begin, end) of one output row. Windows [inner_begin, inner_end) have every column inside x.
+// y = the windows [begin, end) of one output row. Those in [inner_begin, inner_end) have every column inside x.
+// `available` elements of x can be read from `plane` on, and `room` outputs written from y on.
 // `taps` is the size of a square window without dilation, or 0 for any other window.
 template <int stride, int taps, typename T, typename Offset>
-FASTCONV_INLINE void forward_segment(const MaxPool2dProblem& p, const T* plane, const T* x_end, int64_t out_row,
-                                     int64_t begin, int64_t end, int64_t inner_begin, int64_t inner_end, T* y,
-                                     Offset* offsets, int64_t i, int64_t task_end) {
-  const int64_t R = taps ? taps : p.R, S = taps ? taps : p.S;
-  const int64_t dilation_h = taps ? 1 : p.dilation_h, dilation_w = taps ? 1 : p.dilation_w;
+FASTCONV_INLINE void forward_row(const MaxPool2dProblem& p, const T* plane, int64_t available, int64_t out_row,
+                                 int64_t begin, int64_t end, int64_t inner_begin, int64_t inner_end, T* y,
+                                 Offset* offsets, int64_t room) {
+  const int64_t S = taps ? taps : p.S, step = stride ? stride : p.stride_w;
+  const int64_t dilation_h = taps ? 1 : p.dilation_h, dilation_w = taps ? 1 : p.dilation_w, W = p.W;
   const int64_t h = out_row * p.stride_h - p.pad_h;
-  const Taps rows = taps_inside(h, dilation_h, R, p.H);
+  const Taps rows = taps_inside(h, dilation_h, taps ? taps : p.R, p.H);
   inner_begin = max_of(inner_begin, begin);
   inner_end = min_of(inner_end, end);
   if (rows.begin == rows.end || inner_begin >= inner_end) inner_begin = inner_end = end;
 
   int64_t q = inner_begin;
-  if (q < inner_end) {
-    const int64_t step = stride ? stride : p.stride_w;
-    const int64_t reach = (h + (rows.end - 1) * dilation_h) * p.W - p.pad_w + (S - 1) * dilation_w +
-                          elements_read<stride>(lanes<T>, step);
-    const int64_t last_read = (x_end - plane - reach) / step;       // q ≤ last_read stays inside the tensor,
-    const int64_t last_write = task_end - i + begin - lanes<T>;     // q ≤ last_write inside the task
-    const int64_t last = min_of(inner_end - 1, reach > x_end - plane ? -1 : min_of(last_read, last_write));
-    const auto scan = [&](int64_t r_begin, int64_t r_end) {
-      for (; q <= last; q += lanes<T>) {
-        Best<T> best = nothing_yet<T>(r_begin * S);
-        const T* row = plane + (h + r_begin * dilation_h) * p.W + q * step - p.pad_w;
-        for (int64_t r = r_begin; r < r_end; ++r, row += dilation_h * p.W)
-          for (int64_t s = 0; s < S; ++s) best.take(load_strided<stride>(row + s * dilation_w, step), r * S + s);
-        if (stride == 2) best = {in_order(best.value), in_order(best.offset)};
-        store(y + i + q - begin, best.value);
-        store_offsets<T>(offsets, i + q - begin, best.offset);
-      }
-    };
-    if (taps && rows.begin == 0 && rows.end == taps)
-      scan(0, taps);  // of constant length: unrolled
-    else
-      scan(rows.begin, rows.end);
-  }
-  for (int64_t e = begin; e < inner_begin; ++e) forward_window(p, plane, 1, out_row, e, y, offsets, i + e - begin);
-  for (int64_t e = min_of(q, inner_end); e < end; ++e)
-    forward_window(p, plane, 1, out_row, e, y, offsets, i + e - begin);
+  const T* corner = plane + (h + rows.begin * dilation_h) * W - p.pad_w;  // of window 0, without the rows above x
+  const int64_t span = (rows.end - rows.begin - 1) * dilation_h * W + (S - 1) * dilation_w +
+                       elements_read<stride>(lanes<T>, step);
+  const auto run = [&](int64_t row_count) __attribute__((always_inline)) {
+    for (; q < inner_end && corner + q * step - plane + span <= available && q - begin + lanes<T> <= room;
+         q += lanes<T>) {
+      const T* first = corner + q * step;
+      const Best<T> best = scan<T>(row_count, S, rows.begin * S, S,
+                                   [=](int64_t r, int64_t s) __attribute__((always_inline)) {
+                                     return load_strided<stride>(first + r * dilation_h * W + s * dilation_w, step);
+                                   });
+      store(y + q - begin, stride == 2 ? in_order(best.value) : best.value);
+      if constexpr (is_kept<Offset>)
+        store_offsets<T>(offsets + q - begin, stride == 2 ? in_order(best.offset) : best.offset);
+    }
+  };
+  if (taps && rows.end - rows.begin == taps)
+    run(taps);  // of constant length: unrolled
+  else
+    run(rows.end - rows.begin);
+  for (int64_t e = begin; e < inner_begin; ++e) forward_window(p, plane, 1, out_row, e, y, offsets, e - begin);
+  for (int64_t e = min_of(q, inner_end); e < end; ++e) forward_window(p, plane, 1, out_row, e, y, offsets, e - begin);
 }
 
 template <int stride, int taps, typename T, typename Offset>
-void forward_nchw(const MaxPool2dProblem& p, const T* x, T* y, Offset* offsets, const Parallel& parallel) {
-  const int64_t segments = ceil_div(p.Q, segment_columns), units = p.N * p.C * p.P * segments;
-  const int64_t units_per_task = ceil_div(task_elements, min_of(p.Q, segment_columns));
-  const int64_t inner_begin = ceil_div(p.pad_w, p.stride_w);
-  const int64_t room = p.W - 1 - (p.S - 1) * p.dilation_w + p.pad_w;
-  const int64_t inner_end = room < 0 ? 0 : room / p.stride_w + 1;
-  const auto first_output = [&](int64_t unit) { return unit / segments * p.Q + unit % segments * segment_columns; };
+void forward_nchw(const MaxPool2dProblem& problem, const T* x, T* y, Offset* offsets, const Parallel& parallel) {
+  const int64_t segments = ceil_div(problem.Q, segment_columns), units = problem.N * problem.C * problem.P * segments;
+  const int64_t units_per_task = ceil_div(task_elements, min_of(problem.Q, segment_columns));
   for_each_task(parallel, ceil_div(units, units_per_task), [&](int, int64_t task) {
-    const int64_t unit_end = min_of((task + 1) * units_per_task, units);
-    for (int64_t unit = task * units_per_task; unit < unit_end; ++unit) {
-      const int64_t row = unit / segments, begin = unit % segments * segment_columns;
-      forward_segment<stride, taps>(p, x + row / p.P * p.H * p.W, x + p.x_elements(), row % p.P, begin,
-                                    min_of(begin + segment_columns, p.Q), inner_begin, inner_end, y, offsets,
-                                    first_output(unit), first_output(unit_end));
+    const MaxPool2dProblem p = problem;  // a copy of its own, which no store can alias
+    const int64_t inner_begin = ceil_div(p.pad_w, p.stride_w);
+    const int64_t last_start = p.W - 1 - (p.S - 1) * p.dilation_w + p.pad_w;
+    const int64_t inner_end = last_start < 0 ? 0 : last_start / p.stride_w + 1;
+    const int64_t unit = task * units_per_task, unit_end = min_of(unit + units_per_task, units);
+    Walk walk(unit, p.P, segments);
+    int64_t i = unit / segments * p.Q + walk.column * segment_columns;
+    const int64_t task_end = unit_end / segments * p.Q + unit_end % segments * segment_columns;
+    for (; i < task_end; walk.next()) {
+      const int64_t plane = walk.plane * p.H * p.W, begin = walk.column * segment_columns;
+      const int64_t end = min_of(begin + segment_columns, p.Q);
+      forward_row<stride, taps>(p, x + plane, p.x_elements() - plane, walk.row, begin, end, inner_begin, inner_end, y + i,
+                                is_kept<Offset> ? offsets + i : offsets, task_end - i);
+      i += end - begin;
     }
   });
 }
 
 template <int taps, typename T, typename Offset>
-void forward_nhwc(const MaxPool2dProblem& p, const T* x, T* y, Offset* offsets, const Parallel& parallel) {
-  const int64_t R = taps ? taps : p.R, S = taps ? taps : p.S, C = p.C;
-  const int64_t dilation_h = taps ? 1 : p.dilation_h, dilation_w = taps ? 1 : p.dilation_w;
-  const int64_t pixels = p.N * p.P * p.Q, pixels_per_task = ceil_div(task_elements, C);
+void forward_nhwc(const MaxPool2dProblem& problem, const T* x, T* y, Offset* offsets, const Parallel& parallel) {
+  const int64_t pixels = problem.N * problem.P * problem.Q, pixels_per_task = ceil_div(task_elements, problem.C);
   for_each_task(parallel, ceil_div(pixels, pixels_per_task), [&](int, int64_t task) {
-    const int64_t pixel_end = min_of((task + 1) * pixels_per_task, pixels);
-    for (int64_t pixel = task * pixels_per_task; pixel < pixel_end; ++pixel) {
-      const int64_t out_column = pixel % p.Q, out_row = pixel / p.Q % p.P;
-      const T* image = x + pixel / (p.P * p.Q) * p.H * p.W * C;
-      const int64_t h = out_row * p.stride_h - p.pad_h, w = out_column * p.stride_w - p.pad_w;
-      const Taps rows = taps_inside(h, dilation_h, R, p.H), cols = taps_inside(w, dilation_w, S, p.W);
+    const MaxPool2dProblem p = problem;  // a copy of its own, which no store can alias
+    const int64_t R = taps ? taps : p.R, S = taps ? taps : p.S, C = p.C;
+    const int64_t row_step = (taps ? 1 : p.dilation_h) * p.W * C, column_step = (taps ? 1 : p.dilation_w) * C;
+    const int64_t task_end = min_of((task + 1) * pixels_per_task, pixels);
+    T* y_here = y;
+    Offset* offsets_here = offsets;
+    Walk walk(task * pixels_per_task, p.P, p.Q);
+    for (int64_t pixel = task * pixels_per_task; pixel < task_end; ++pixel, walk.next()) {
+      const T* image = x + walk.plane * p.H * p.W * C;
+      const int64_t h = walk.row * p.stride_h - p.pad_h, w = walk.column * p.stride_w - p.pad_w;
+      const Taps rows = taps_inside(h, taps ? 1 : p.dilation_h, R, p.H), cols = taps_inside(w, taps ? 1 : p.dilation_w, S, p.W);
       const bool empty = rows.begin == rows.end || cols.begin == cols.end;
-      const int64_t first = ((h + rows.begin * dilation_h) * p.W + w + cols.begin * dilation_w) * C;
-      const int64_t span = ((rows.end - 1 - rows.begin) * dilation_h * p.W + (cols.end - 1 - cols.begin) * dilation_w) * C;
-      const int64_t room = empty ? 0 : min_of(x + p.x_elements() - (image + first + span), (pixel_end - pixel) * C);
-      const auto scan = [&](int64_t r_count, int64_t s_count) {
+      const T* corner = image + (h * p.W + w) * C + rows.begin * row_step + cols.begin * column_step;
+      const T* last = corner + (rows.end - rows.begin - 1) * row_step + (cols.end - cols.begin - 1) * column_step;
+      const int64_t room = empty ? 0 : min_of(x + p.x_elements() - last, (task_end - pixel) * C);
+      const auto run = [&](int64_t row_count, int64_t column_count) __attribute__((always_inline)) {
         for (int64_t c = 0; c < C; c += lanes<T>) {
-          if (c + lanes<T> > C) {
-            if (C >= lanes<T>) {
-              c = C - lanes<T>;  // once more some of those before, for a whole vector
-            } else if (lanes<T> > room) {
-              for (; c < C; ++c) forward_window(p, image + c, C, out_row, out_column, y, offsets, pixel * C + c);
-              break;
-            }
-          }
-          Best<T> best = nothing_yet<T>(rows.begin * S + cols.begin);
-          const T* row = image + first + c;
-          for (int64_t r = 0; r < r_count; ++r, row += dilation_h * p.W * C)
-            for (int64_t s = 0; s < s_count; ++s)
-              best.take(load(row + s * dilation_w * C), (rows.begin + r) * S + cols.begin + s);
-          store(y + pixel * C + c, best.value);
-          store_offsets<T>(offsets, pixel * C + c, best.offset);
+          if (c + lanes<T> > C && C >= lanes<T>) c = C - lanes<T>;  // once more some of those before
+          const T* first = corner + c;
+          const Best<T> best = scan<T>(row_count, column_count, rows.begin * S + cols.begin, S,
+                                       [=](int64_t r, int64_t s) __attribute__((always_inline)) {
+                                         return load(first + r * row_step + s * column_step);
+                                       });
+          store(y_here + pixel * C + c, best.value);
+          if constexpr (is_kept<Offset>) store_offsets<T>(offsets_here + pixel * C + c, best.offset);
         }
       };
-      if (empty)
-        for (int64_t c = 0; c < C; ++c) forward_window(p, image, C, out_row, out_column, y, offsets, pixel * C + c);
+      if (lanes<T> > max_of(C, room) || empty)
+        for (int64_t c = 0; c < C; ++c) forward_window(p, image + c, C, walk.row, walk.column, y, offsets, pixel * C + c);
       else if (taps && rows.end - rows.begin == taps && cols.end - cols.begin == taps)
-        scan(taps, taps);  // of constant length: unrolled
+        run(taps, taps);  // of constant length: unrolled
       else
-        scan(rows.end - rows.begin, cols.end - cols.begin);
+        run(rows.end - rows.begin, cols.end - cols.begin);
     }
   });
 }
@@ -333,138 +289,195 @@ void forward_as(const MaxPool2dProblem& p, const T* x, T* y, Offset* offsets, co
   forward_nchw<0, 0>(p, x, y, offsets, parallel);  // windows of more than 256 taps are rarely many
 }
 
-// One element of dx: the windows in `rows` × `cols` that took it. Element (p, q) of the plane is dy[(p·Q + q)·pixel].
+// The windows over an element of dx: rows × cols of them, the first at index `first` of dy with offset `tap`.
+struct Windows {
+  int64_t rows, cols, first, row_back, column_back, tap, row_tap, column_tap;
+};
+// Window (p, q) of the plane is at index (p·Q + q)·pixel.
+FASTCONV_INLINE Windows windows_of(const MaxPool2dProblem& p, int64_t pixel, const Cover& rows, const Cover& cols) {
+  return {rows.count, cols.count, (rows.out * p.Q + cols.out) * pixel, rows.out_step * p.Q * pixel, cols.out_step * pixel,
+          rows.tap * p.S + cols.tap, rows.tap_step * p.S, cols.tap_step};
+}
+
+// One element of dx: the sum over its windows that took it.
 template <typename T, typename Offset>
-__attribute__((noinline)) acc_t<T> gradient(const MaxPool2dProblem& p, const T* dy, const Offset* offsets, int64_t pixel, const Cover& rows,
-                  const Cover& cols) {
+__attribute__((noinline)) acc_t<T> gradient(const T* dy, const Offset* offsets, const Windows& windows) {
   acc_t<T> sum = 0;
-  for (int64_t a = rows.begin; a < rows.end; ++a)
-    for (int64_t b = cols.begin; b < cols.end; ++b) {
-      const int64_t i = ((rows.out - a * rows.out_step) * p.Q + cols.out - b * cols.out_step) * pixel;
-      if (offsets[i] == (rows.tap + a * rows.tap_step) * p.S + cols.tap + b * cols.tap_step) sum += to_acc(dy[i]);
+  for (int64_t a = 0; a < windows.rows; ++a)
+    for (int64_t b = 0; b < windows.cols; ++b) {
+      const int64_t i = windows.first - a * windows.row_back - b * windows.column_back;
+      if (offsets[i] == windows.tap + a * windows.row_tap + b * windows.column_tap) sum += to_acc(dy[i]);
     }
   return sum;
 }
 
-// `lanes` elements of dx whose windows lie side by side in memory; dy and offsets point to window (0, 0) of the first.
+// `lanes` elements of dx, whose windows lie side by side.
 template <typename T, typename Offset>
-FASTCONV_INLINE vec_t<T> gradients(const MaxPool2dProblem& p, const T* dy, const Offset* offsets, int64_t pixel,
-                                   const Cover& rows, const Cover& cols) {
+FASTCONV_INLINE vec_t<T> gradients(const T* dy, const Offset* offsets, const Windows& windows, int64_t rows,
+                                   int64_t cols) {
   vec_t<T> sum{};
-  for (int64_t a = rows.begin; a < rows.end; ++a)
-    for (int64_t b = cols.begin; b < cols.end; ++b) {
-      const int64_t i = ((rows.out - a * rows.out_step) * p.Q + cols.out - b * cols.out_step) * pixel;
-      const int64_t tap = (rows.tap + a * rows.tap_step) * p.S + cols.tap + b * cols.tap_step;
-      const mask_t<T> taken = load_offsets<T>(offsets + i) == all_taps<T>(tap);
-      sum += (vec_t<T>)((mask_t<T>)load(dy + i) & taken);
+  mask_t<T> row_tap = all_taps<T>(windows.tap);
+  const mask_t<T> next_row = all_taps<T>(windows.row_tap), next_column = all_taps<T>(windows.column_tap);
+  for (int64_t a = 0; a < rows; ++a, row_tap += next_row) {
+    mask_t<T> tap = row_tap;
+    for (int64_t b = 0; b < cols; ++b, tap += next_column) {
+      const int64_t i = windows.first - a * windows.row_back - b * windows.column_back;
+      sum += (vec_t<T>)((mask_t<T>)load(dy + i) & (load_offsets<T>(offsets + i) == tap));
     }
+  }
   return sum;
 }
 
-template <typename T>
-FASTCONV_INLINE void store_interleaved(T* p, vec_t<T> a, vec_t<T> b) {
-  store(p, low_pairs(a, b));
-  store(p + lanes<T>, high_pairs(a, b));
+// Calls f(rows, cols) with constants where both are 1 or 2, so that the loops over them unroll.
+template <typename Offset, typename F>
+FASTCONV_INLINE void with_counts(int64_t rows, int64_t cols, const F& f) {
+  if (sizeof(Offset) > 1) return f(rows, cols);  // windows of more than 256 taps are not worth the code
+  if (rows == 1 && cols == 1) return f(1, 1);
+  if (rows == 1 && cols == 2) return f(1, 2);
+  if (rows == 2 && cols == 1) return f(2, 1);
+  if (rows == 2 && cols == 2) return f(2, 2);
+  f(rows, cols);
 }
 
-// dx[i …] = the elements [begin, end) of row h. Columns w = phase + j·stride_w share their taps, and their windows lie
-// side by side: vectors run along j. `last_window` is the last index of dy, from here, at which a vector may start.
+// The j for which `lanes` windows from j on lie inside dy, however many of them belong to other rows.
+struct Range {
+  int64_t begin, end;
+};
+FASTCONV_INLINE Range readable(const Windows& windows, int64_t plane, int64_t y_elements, int64_t lanes) {
+  if (windows.rows == 0 || windows.cols == 0) return {0, y_elements};
+  const int64_t lowest = windows.first - (windows.rows - 1) * windows.row_back - (windows.cols - 1) * windows.column_back;
+  return {-(plane + lowest), y_elements - lanes + 1 - (plane + windows.first)};
+}
+
+// The j for which columns phase + j·stride_w may be done as vectors: those whose windows all exist. Without dilation it
+// does not matter if some don't: the vector has windows of the row above or below instead, and there the same tap is
+// Q·stride_w columns to the right or left, outside of x, so that no window took it.
+FASTCONV_INLINE Range valid(const MaxPool2dProblem& p, const Cover& cols) {
+  const bool plain = p.dilation_h == 1 && p.dilation_w == 1;
+  return {plain && p.Q * p.stride_w >= p.W ? 0 : max_of<int64_t>((cols.count - 1) * cols.out_step - cols.out, 0),
+          plain ? p.Q : p.Q - max_of<int64_t>(cols.out, 0)};
+}
+
+FASTCONV_INLINE Range both(Range a, Range b) { return {max_of(a.begin, b.begin), min_of(a.end, b.end)}; }
+
+// dx = the elements [begin, end) of a row, which is covered by `rows` of the plane whose first window is number `plane`.
+// Columns w = phase + j·stride_w share their taps, and their windows lie side by side: vectors run along j. `room`
+// elements can be written from dx on.
 template <int stride, typename T, typename Offset>
-FASTCONV_INLINE void backward_segment(const MaxPool2dProblem& p, const T* dy, const Offset* offsets,
-                                      int64_t last_window, int64_t h, int64_t begin, int64_t end, T* dx, int64_t i,
-                                      int64_t task_end) {
-  const Cover rows = clip(cover(h + p.pad_h, p.stride_h, p.dilation_h, p.R), 0, p.P);
-  dx += i - begin;
-  task_end += begin - i;
-  // Within [inner_begin, inner_end) all windows of a phase exist, and [.., vector_end) may be read as vectors.
-  int64_t inner_begin = 0, inner_end = 0, vector_end = 0;
-  const auto set_inner = [&](const Cover& cols) {
-    inner_begin = max_of(inner_begin, max_of<int64_t>(cols.end - 1, 0) * cols.out_step - cols.out);
-    inner_end = min_of(inner_end, p.Q - cols.out);
-    vector_end = min_of(vector_end, last_window + 1 - rows.out * p.Q - cols.out);
-  };
-  // This element alone.
+FASTCONV_INLINE void backward_row(const MaxPool2dProblem& p, const Axis& column, const Cover (&phases)[2], const T* dy,
+                                  const Offset* offsets, int64_t plane, const Cover& rows, int64_t begin, int64_t end,
+                                  T* dx, int64_t room) {
+  const int64_t step = stride ? stride : p.stride_w, dy_elements = p.y_elements();
+  dy += plane;
+  offsets += plane;
   const auto single = [&](const Cover& cols, int64_t j, int64_t w) {
-    dx[w] = from_acc<T>(gradient(p, dy, offsets, 1, rows, clip(cols, j, p.Q)));
+    dx[w - begin] = from_acc<T>(gradient(dy, offsets, windows_of(p, 1, rows, inside(cols, column, j))));
   };
   if constexpr (stride == 2) {
-    const Cover even_cols = cover(p.pad_w, 2, p.dilation_w, p.S), odd_cols = cover(p.pad_w + 1, 2, p.dilation_w, p.S);
-    inner_begin = begin / 2;
-    inner_end = end / 2;
-    vector_end = (task_end - 2 * lanes<T>) / 2 + 1;
-    set_inner(even_cols);
-    set_inner(odd_cols);
-    int64_t j = min_of(inner_begin, inner_end);
-    for (int64_t w = begin; w < min_of(2 * j, end); ++w) single(w % 2 ? odd_cols : even_cols, w / 2, w);
-    for (; j < min_of(inner_end, vector_end); j += lanes<T>)
-      store_interleaved(dx + 2 * j, gradients(p, dy + j, offsets + j, 1, rows, even_cols),
-                        gradients(p, dy + j, offsets + j, 1, rows, odd_cols));
-    for (int64_t w = 2 * min_of(j, inner_end); w < end; ++w) single(w % 2 ? odd_cols : even_cols, w / 2, w);
+    const Windows even_windows = windows_of(p, 1, rows, phases[0]), odd_windows = windows_of(p, 1, rows, phases[1]);
+    Range range = both({begin / 2, end / 2}, both(valid(p, phases[0]), valid(p, phases[1])));
+    const Range memory = both(readable(even_windows, plane, dy_elements, lanes<T>),
+                              readable(odd_windows, plane, dy_elements, lanes<T>));
+    range.begin = max_of(range.begin, memory.begin);
+    const int64_t stop = min_of(range.end, min_of(memory.end, (begin + room) / 2 - lanes<T> + 1));
+    int64_t j = min_of(range.begin, end / 2);
+    for (int64_t w = begin; w < 2 * j; ++w) single(phases[w % 2], w / 2, w);
+    const auto run = [&](int64_t row_count, int64_t even_count, int64_t odd_count) __attribute__((always_inline)) {
+      for (; j < stop; j += lanes<T>) {
+        const vec_t<T> a = gradients(dy + j, offsets + j, even_windows, row_count, even_count);
+        const vec_t<T> b = gradients(dy + j, offsets + j, odd_windows, row_count, odd_count);
+        store(dx + 2 * j - begin, low_pairs(a, b));
+        store(dx + 2 * j - begin + lanes<T>, high_pairs(a, b));
+      }
+    };
+    with_counts<Offset>(rows.count, phases[0].count, [&](int64_t r, int64_t e) __attribute__((always_inline)) {
+      if (phases[1].count == e)
+        run(r, e, e);
+      else
+        run(r, e, phases[1].count == 3 - e ? 3 - e : phases[1].count);
+    });
+    for (int64_t w = max_of(2 * min_of(j, range.end), begin); w < end; ++w) single(phases[w % 2], w / 2, w);
   } else {
-    const int64_t step = stride ? stride : p.stride_w;
     for (int64_t phase = 0; phase < step; ++phase) {
-      const Cover cols = cover(phase + p.pad_w, step, p.dilation_w, p.S);
+      const Cover cols = phase < 2 ? phases[phase] : cover(column, phase);
+      const Windows windows = windows_of(p, 1, rows, cols);
       const int64_t j_begin = begin > phase ? ceil_div(begin - phase, step) : 0;
       const int64_t j_end = end > phase ? ceil_div(end - phase, step) : 0;
-      inner_begin = j_begin;
-      inner_end = j_end;
-      vector_end = stride == 1 ? task_end - lanes<T> + 1 : j_end;
-      set_inner(cols);
-      int64_t j = min_of(inner_begin, inner_end);
-      for (int64_t e = j_begin; e < min_of(j, j_end); ++e) single(cols, e, phase + e * step);
-      for (; j < min_of(inner_end, vector_end); j += lanes<T>) {
-        const vec_t<T> sum = gradients(p, dy + j, offsets + j, 1, rows, cols);
+      const Range range = both({j_begin, j_end}, valid(p, cols)), memory = readable(windows, plane, dy_elements, lanes<T>);
+      int64_t j = min_of(max_of(range.begin, memory.begin), j_end);
+      int64_t stop = min_of(range.end, memory.end);
+      if (stride == 1) stop = min_of(stop, begin + room - lanes<T> + 1);
+      for (int64_t e = j_begin; e < j; ++e) single(cols, e, phase + e * step);
+      for (; j < stop; j += lanes<T>) {
+        const vec_t<T> sum = gradients(dy + j, offsets + j, windows, windows.rows, windows.cols);
         if constexpr (stride == 1)
-          store(dx + j, sum);
+          store(dx + j - begin, sum);
         else
-          for (int64_t e = 0; e < min_of<int64_t>(lanes<T>, inner_end - j); ++e)
-            dx[phase + (j + e) * step] = from_acc<T>(sum[e]);
+          for (int64_t e = 0; e < min_of<int64_t>(lanes<T>, range.end - j); ++e)
+            dx[phase + (j + e) * step - begin] = from_acc<T>(sum[e]);
       }
-      for (int64_t e = max_of(min_of(j, inner_end), j_begin); e < j_end; ++e) single(cols, e, phase + e * step);
+      for (int64_t e = max_of(min_of(j, range.end), j_begin); e < j_end; ++e) single(cols, e, phase + e * step);
     }
   }
 }
 
 template <int stride, typename T, typename Offset>
-void backward_nchw(const MaxPool2dProblem& p, const T* dy, const Offset* offsets, T* dx, const Parallel& parallel) {
-  const int64_t segments = ceil_div(p.W, segment_columns), units = p.N * p.C * p.H * segments;
-  const int64_t units_per_task = ceil_div(task_elements, min_of(p.W, segment_columns));
-  const auto first_element = [&](int64_t unit) { return unit / segments * p.W + unit % segments * segment_columns; };
+void backward_nchw(const MaxPool2dProblem& problem, const T* dy, const Offset* offsets, T* dx,
+                   const Parallel& parallel) {
+  const int64_t segments = ceil_div(problem.W, segment_columns), units = problem.N * problem.C * problem.H * segments;
+  const int64_t units_per_task = ceil_div(task_elements, min_of(problem.W, segment_columns));
   for_each_task(parallel, ceil_div(units, units_per_task), [&](int, int64_t task) {
-    const int64_t unit_end = min_of((task + 1) * units_per_task, units);
-    for (int64_t unit = task * units_per_task; unit < unit_end; ++unit) {
-      const int64_t row = unit / segments, begin = unit % segments * segment_columns;
-      const int64_t plane = row / p.H * p.P * p.Q;
-      backward_segment<stride>(p, dy + plane, offsets + plane, p.y_elements() - plane - lanes<T>, row % p.H, begin,
-                               min_of(begin + segment_columns, p.W), dx, first_element(unit), first_element(unit_end));
+    const MaxPool2dProblem p = problem;  // a copy of its own, which no store can alias
+    const Axis row = row_axis(p), column = column_axis(p);
+    const Cover phases[2] = {cover(column, 0), cover(column, 1)}, first_row = cover(row, 0);
+    const int64_t unit = task * units_per_task, unit_end = min_of(unit + units_per_task, units);
+    Walk walk(unit, p.H, segments);
+    int64_t i = unit / segments * p.W + walk.column * segment_columns;
+    const int64_t task_end = unit_end / segments * p.W + unit_end % segments * segment_columns;
+    Cover rows = cover(row, walk.row);
+    while (i < task_end) {
+      const int64_t begin = walk.column * segment_columns, end = min_of(begin + segment_columns, p.W);
+      backward_row<stride>(p, column, phases, dy, offsets, walk.plane * p.P * p.Q, inside(rows, row, 0), begin, end, dx + i,
+                           task_end - i);
+      i += end - begin;
+      const int64_t h = walk.row;
+      walk.next();
+      if (walk.row != h) rows = walk.row == 0 ? first_row : next_cover(row, h, rows);
     }
   });
 }
 
 template <typename T, typename Offset>
-void backward_nhwc(const MaxPool2dProblem& p, const T* dy, const Offset* offsets, T* dx, const Parallel& parallel) {
-  const int64_t C = p.C, pixels = p.N * p.H * p.W, pixels_per_task = ceil_div(task_elements, C);
+void backward_nhwc(const MaxPool2dProblem& problem, const T* dy, const Offset* offsets, T* dx,
+                   const Parallel& parallel) {
+  const int64_t pixels = problem.N * problem.H * problem.W, pixels_per_task = ceil_div(task_elements, problem.C);
   for_each_task(parallel, ceil_div(pixels, pixels_per_task), [&](int, int64_t task) {
-    const int64_t pixel_end = min_of((task + 1) * pixels_per_task, pixels);
-    for (int64_t pixel = task * pixels_per_task; pixel < pixel_end; ++pixel) {
-      const Cover rows = clip(cover(pixel / p.W % p.H + p.pad_h, p.stride_h, p.dilation_h, p.R), 0, p.P);
-      const Cover cols = clip(cover(pixel % p.W + p.pad_w, p.stride_w, p.dilation_w, p.S), 0, p.Q);
-      const int64_t image = pixel / (p.H * p.W) * p.P * p.Q * C;
-      // The last window is the first one's: out falls as the taps rise.
-      const int64_t last = ((rows.out - rows.begin * rows.out_step) * p.Q + cols.out - cols.begin * cols.out_step) * C;
-      const int64_t room = min_of(p.y_elements() - image - last, (pixel_end - pixel) * C);
-      for (int64_t c = 0; c < C; c += lanes<T>) {
-        if (c + lanes<T> > C) {
-          if (C >= lanes<T>) {
-            c = C - lanes<T>;  // once more some of those before, for a whole vector
-          } else if (lanes<T> > room) {
-            for (; c < C; ++c)
-              dx[pixel * C + c] = from_acc<T>(gradient(p, dy + image + c, offsets + image + c, C, rows, cols));
-            break;
+    const MaxPool2dProblem p = problem;  // a copy of its own, which no store can alias
+    const Axis row = row_axis(p), column = column_axis(p);
+    const int64_t C = p.C, task_end = min_of((task + 1) * pixels_per_task, pixels);
+    Walk walk(task * pixels_per_task, p.H, p.W);
+    Cover rows = inside(cover(row, walk.row), row, 0), cols = cover(column, walk.column);
+    for (int64_t pixel = task * pixels_per_task; pixel < task_end; ++pixel) {
+      const Windows windows = windows_of(p, C, rows, inside(cols, column, 0));
+      const int64_t image = walk.plane * p.P * p.Q * C;
+      const T* from = dy + image;
+      const Offset* from_offsets = offsets + image;
+      T* to = dx + pixel * C;
+      // The first window is the last in memory.
+      const int64_t room = min_of(p.y_elements() - image - windows.first, (task_end - pixel) * C);
+      if (lanes<T> > max_of(C, room))
+        for (int64_t c = 0; c < C; ++c) to[c] = from_acc<T>(gradient(from + c, from_offsets + c, windows));
+      else
+        with_counts<Offset>(windows.rows, windows.cols, [&](int64_t r, int64_t s) __attribute__((always_inline)) {
+          for (int64_t c = 0; c < C; c += lanes<T>) {
+            if (c + lanes<T> > C && C >= lanes<T>) c = C - lanes<T>;  // once more some of those before
+            store(to + c, gradients(from + c, from_offsets + c, windows, r, s));
           }
-        }
-        store(dx + pixel * C + c, gradients(p, dy + image + c, offsets + image + c, C, rows, cols));
-      }
+        });
+      const int64_t w = walk.column, h = walk.row;
+      walk.next();
+      cols = walk.column == 0 ? cover(column, 0) : next_cover(column, w, cols);
+      if (walk.row != h) rows = inside(cover(row, walk.row), row, 0);
     }
   });
 }

@@ -209,7 +209,7 @@ struct Im2col {
 
   template <typename T>
   Status copy_windows(const T* x, int64_t first, int64_t pixels, Stream stream) const {
-    if (chunks.identity) return {};
+    if (chunks.identity || taps == 0) return {};
     Windows g = {};
     g.x = x_strides(p);
     g.H = int(p.H), g.W = int(p.W);
@@ -400,7 +400,7 @@ Status conv2d_im2col_dgrad(const Conv2dProblem& p, const Conv2dPlan& plan, const
 
 Status conv2d_im2col_wgrad(const Conv2dProblem& p, const Conv2dPlan& plan, const void* dy, const void* x, void* dw,
                            void* db, void* workspace, Stream stream) {
-  if (p.w_elements() == 0 && (!db || p.K == 0)) return {};
+  if (p.w_elements() == 0) return {};
   return dispatch(p.dtype, [&](auto element) {
     using T = decltype(element);
     return wgrad(Im2col(p, plan, workspace), plan, static_cast<const T*>(dy), static_cast<const T*>(x),

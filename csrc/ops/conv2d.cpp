@@ -45,6 +45,8 @@ struct Prepared {
 
 void check_same_type(const Tensor& x, const Tensor& w) {
   if (x.scalar_type() == w.scalar_type() && x.is_cuda() == w.is_cuda()) return;
+  if (x.is_cuda() == w.is_cuda() && !x.is_cuda() && x.scalar_type() != ScalarType::Float)
+    throw std::runtime_error("expected scalar type " + type_name(x) + " but found " + type_name(w));
   throw std::runtime_error("Input type (" + tensor_type_name(x) + ") and weight type (" + tensor_type_name(w) +
                            ") should be the same" +
                            (x.is_cuda() ? "" : " or input should be a MKLDNN tensor and weight is a dense tensor"));

@@ -94,24 +94,26 @@ Tensor convert(const Tensor& tensor, ScalarType dtype) {
   return in_layout(typed, Layout::NCHW);
 }
 
-std::string tensor_type_name(const Tensor& tensor) {
-  const char* type = "";
+std::string type_name(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
-    case ScalarType::Float: type = "Float"; break;
-    case ScalarType::Double: type = "Double"; break;
-    case ScalarType::Half: type = "Half"; break;
-    case ScalarType::BFloat16: type = "BFloat16"; break;
-    case ScalarType::Int: type = "Int"; break;
-    case ScalarType::Long: type = "Long"; break;
-    case ScalarType::Short: type = "Short"; break;
-    case ScalarType::Char: type = "Char"; break;
-    case ScalarType::Byte: type = "Byte"; break;
-    case ScalarType::Bool: type = "Bool"; break;
-    case ScalarType::ComplexFloat: type = "ComplexFloat"; break;
-    case ScalarType::ComplexDouble: type = "ComplexDouble"; break;
-    default: type = "Unknown";
+    case ScalarType::Float: return "Float";
+    case ScalarType::Double: return "Double";
+    case ScalarType::Half: return "Half";
+    case ScalarType::BFloat16: return "BFloat16";
+    case ScalarType::Int: return "Int";
+    case ScalarType::Long: return "Long";
+    case ScalarType::Short: return "Short";
+    case ScalarType::Char: return "Char";
+    case ScalarType::Byte: return "Byte";
+    case ScalarType::Bool: return "Bool";
+    case ScalarType::ComplexFloat: return "ComplexFloat";
+    case ScalarType::ComplexDouble: return "ComplexDouble";
+    default: return "Unknown";
   }
-  return std::string("torch.") + (tensor.is_cuda() ? "cuda." : "") + type + "Tensor";
+}
+
+std::string tensor_type_name(const Tensor& tensor) {
+  return std::string("torch.") + (tensor.is_cuda() ? "cuda." : "") + type_name(tensor) + "Tensor";
 }
 
 std::string scalar_type_name(const Tensor& tensor) {

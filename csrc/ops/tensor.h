@@ -35,7 +35,8 @@ inline const void* data(const Tensor& tensor) { return tensor.const_data_ptr(); 
 inline const void* data(const std::optional<Tensor>& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
 inline void* mutable_data(const Tensor& tensor) { return tensor.mutable_data_ptr(); }
 
-// The names that torch's messages use: "torch.FloatTensor", "torch.cuda.HalfTensor"; "float", "c10::Half".
+// The names that torch's messages use: "Float"; "torch.FloatTensor", "torch.cuda.HalfTensor"; "float", "c10::Half".
+std::string type_name(const Tensor& tensor);
 std::string tensor_type_name(const Tensor& tensor);
 std::string scalar_type_name(const Tensor& tensor);
 

@@ -106,4 +106,126 @@ inline Im2colChunks im2col_chunks(const Conv2dProblem& p, Direction direction, i
   return chunks;
 }
 
+// direct: a block computes a tile of outputs from a patch of the input and a slice of the filters in shared memory.
+// Along one axis, output i reads through tap j input i·step + first + j·delta. For fprop and wgrad step is the stride and
+// delta the dilation. dgrad is such a gather too, one for each phase of the stride: rows h of dx with the same remainder
+// meet the same taps r, every (stride / gcd)-th, and h + pad − r·dilation is stride times an input row p (of dy).
+constexpr int direct_threads = 256;
+constexpr int direct_patch = 4096;   // elements
+constexpr int direct_filter = 2048;  // elements; wgrad keeps dy there
+
+struct DirectAxis {
+  int64_t input, output, taps;       // sizes
+  int64_t stride, pad, dilation;
+  int64_t phases, step, delta, tap_step;
+  int64_t tiles;                     // of a phase
+  int tile;                          // outputs
+  int chunk;                         // taps at a time
+  int64_t spacing;                   // the patch holds every spacing-th input, the others are never read
+  int64_t extent;                    // of the patch
+  int64_t patch_step, patch_delta;   // step and delta in the patch
+};
+
+struct DirectTile {
+  DirectAxis h, w;
+  int images;
+  int filters;        // outputs' channels in a tile, of a group; of dw its filters: a multiple of 4
+  int channels;       // inputs' channels at a time; of dw the channels in a tile
+  int64_t plane;      // patch elements of one channel
+
+  int pixels() const { return images * h.tile * w.tile; }
+};
+
+inline DirectAxis direct_axis(int64_t input, int64_t output, int64_t taps, int64_t stride, int64_t pad,
+                              int64_t dilation, bool dgrad) {
+  DirectAxis axis = {};
+  axis.taps = taps, axis.stride = stride, axis.pad = pad, axis.dilation = dilation;
+  const int64_t common = std::gcd(stride, dilation);
+  axis.input = dgrad ? output : input, axis.output = dgrad ? input : output;
+  axis.phases = dgrad ? std::clamp<int64_t>(input, 1, stride) : 1;
+  axis.step = dgrad ? 1 : stride;
+  axis.delta = dgrad ? -dilation / common : dilation;
+  axis.tap_step = dgrad ? stride / common : 1;
+  return axis;
+}
+
+inline int64_t direct_extent(DirectAxis& axis) {
+  const int64_t step = axis.tile > 1 ? axis.step : 0, delta = axis.chunk > 1 ? axis.delta : 0;
+  axis.spacing = std::max<int64_t>(std::gcd(step, delta), 1);
+  axis.patch_step = step / axis.spacing;
+  axis.patch_delta = delta / axis.spacing;
+  axis.extent = (axis.tile - 1) * axis.patch_step + (axis.chunk - 1) * std::abs(axis.patch_delta) + 1;
+  return std::min<int64_t>(axis.extent, direct_patch + 1);
+}
+
+inline DirectTile direct_tile(const Conv2dProblem& p, Direction direction) {
+  const bool dgrad = direction == Direction::dgrad, wgrad = direction == Direction::wgrad;
+  DirectTile tile = {};
+  tile.h = direct_axis(p.H, p.P, p.R, p.stride_h, p.pad_h, p.dilation_h, dgrad);
+  tile.w = direct_axis(p.W, p.Q, p.S, p.stride_w, p.pad_w, p.dilation_w, dgrad);
+  const int64_t out_channels = dgrad ? p.channels_per_group() : p.filters_per_group();
+  const int64_t in_channels = dgrad ? p.filters_per_group() : p.channels_per_group();
+
+  // Threads for the filters, four each; what is left are threads for four pixels each (wgrad: four taps each).
+  int filter_threads = 1;
+  while (4 * filter_threads < out_channels && filter_threads < (wgrad ? 4 : 16)) filter_threads *= 2;
+  tile.filters = 4 * filter_threads;
+  const int64_t pixels = wgrad ? direct_filter / tile.filters : 4 * direct_threads / filter_threads;
+  const int64_t most_taps = wgrad ? 4 * direct_threads / filter_threads : direct_filter / (tile.filters + 4);
+
+  // As square as 32 columns allow, in tiles of equal size; small images share a tile.
+  const auto count = [](const DirectAxis& axis) {
+    return std::max<int64_t>(pieces(axis.output, axis.phases), 1);
+  };
+  const int64_t rows = count(tile.h), columns = count(tile.w);
+  const int64_t most_columns = std::clamp<int64_t>(pixels / rows, std::min<int64_t>(32, pixels), pixels);
+  tile.w.tiles = pieces(columns, most_columns);
+  tile.w.tile = int(pieces(columns, tile.w.tiles));
+  tile.h.tiles = pieces(rows, pixels / tile.w.tile);
+  tile.h.tile = int(pieces(rows, tile.h.tiles));
+  tile.images = int(std::clamp<int64_t>(pixels / (tile.h.tile * tile.w.tile), 1, std::max<int64_t>(p.N, 1)));
+
+  // All taps at once if they fit, else halves of them; one tap always does.
+  const auto taps_of = [](const DirectAxis& axis) {
+    return int(std::clamp<int64_t>(pieces(axis.taps, axis.tap_step), 1, 1024));
+  };
+  tile.h.chunk = taps_of(tile.h);
+  tile.w.chunk = taps_of(tile.w);
+  for (;;) {
+    tile.plane = tile.images * direct_extent(tile.h) * direct_extent(tile.w) | 1;  // odd: channels in different banks
+    if (tile.plane <= direct_patch && tile.h.chunk * tile.w.chunk <= most_taps) break;
+    if (tile.h.chunk == 1 && tile.w.chunk == 1) break;
+    int& longer = tile.h.chunk >= tile.w.chunk ? tile.h.chunk : tile.w.chunk;
+    longer = (longer + 1) / 2;
+  }
+  tile.channels = int(std::clamp<int64_t>(std::min(direct_patch / tile.plane, most_taps / (tile.h.chunk * tile.w.chunk)),
+                                          1, std::max<int64_t>(in_channels, 1)));
+  return tile;
+}
+
+// Blocks of wgrad, each for some filters and taps of a group; the plan multiplies them by splitting the pixels.
+inline int64_t direct_wgrad_blocks(const Conv2dProblem& p, const DirectTile& tile) {
+  return p.groups * pieces(p.filters_per_group(), tile.filters) * pieces(p.channels_per_group(), tile.channels) *
+         pieces(p.R, tile.h.chunk) * pieces(p.S, tile.w.chunk);
+}
+
+// Of the partial sums of dw and db.
+inline int64_t split_wgrad_bytes(const Conv2dProblem& p, int split) {
+  return split * (p.w_elements() + p.K) * accumulator_bytes(p.dtype);
+}
+
+// depthwise: wgrad's blocks, each for some channels (one of NCHW, neighbours of NHWC) and 3 × 3 taps.
+constexpr int depthwise_threads = 256;
+
+inline int depthwise_channel_lanes(const Conv2dProblem& p) {
+  int lanes = 1;
+  if (p.layout == Layout::NHWC)
+    while (lanes < p.K && lanes < 32) lanes *= 2;
+  return lanes;
+}
+
+inline int64_t depthwise_wgrad_blocks(const Conv2dProblem& p) {
+  return pieces(p.K, depthwise_channel_lanes(p)) * pieces(p.R, 3) * pieces(p.S, 3);
+}
+
 }  // namespace fastconv::cuda

@@ -1,0 +1,122 @@
+// The block sizes of the im2col convolutions and the memory they take: one truth for the plan, which asks for the
+// buffers, and for the kernels, which lay them out. Elements are of the type that sums are kept in.
+#pragma once
+
+#include "../plan.h"
+#include "conv2d_axes.h"
+
+namespace fastconv::cpu {
+namespace {
+
+// Widest panel of any instruction set (two AVX-512 registers of floats), so that a plan holds for all of them.
+constexpr int64_t max_panel_cols = 32;
+// Vectors may be stored this far past the end of a buffer, and read.
+constexpr int64_t slack = 64;
+
+inline int64_t pieces_of(int64_t total, int64_t size) { return (total + size - 1) / size; }
+inline int64_t whole_panels(int64_t cols) { return pieces_of(cols, max_panel_cols) * max_panel_cols; }
+// The size of nearly equal pieces no larger than `target`.
+inline int64_t balanced(int64_t total, int64_t target) {
+  return total <= target ? (total < 1 ? 1 : total) : pieces_of(total, pieces_of(total, target));
+}
+
+// A box of output positions: part of a row, or rows of an image, or whole images.
+struct PixelBlock {
+  int64_t n, i, j;
+  int64_t pixels() const { return n * i * j; }
+};
+inline PixelBlock pixel_block(int64_t N, int64_t rows, int64_t cols, int64_t target) {
+  if (cols >= target) return {1, 1, balanced(cols, target)};
+  if (rows * cols >= target) return {1, balanced(rows, target / cols), cols};
+  return {balanced(N, target / (rows * cols)), rows, cols};
+}
+
+// A piece of the contraction: channels × taps.
+struct DepthBlock {
+  int64_t channels, taps;
+  int64_t depth() const { return channels * taps; }
+};
+inline DepthBlock depth_block(int64_t channels, int64_t taps, int64_t target) {
+  if (taps >= target) return {1, balanced(taps, target)};
+  return {balanced(channels, target / (taps < 1 ? 1 : taps)), taps < 1 ? 1 : taps};
+}
+
+// dx is computed in phases, (h mod stride_h, w mod stride_w), each with its own taps; fprop has one phase.
+struct Phases {
+  int64_t rows, cols;
+  Axis largest_rows, largest_cols;  // no phase has more outputs or taps
+};
+inline Axis largest_phase(Axis axis, int64_t taps) {
+  axis.taps = pieces_of(taps, axis.filter_step);
+  return axis;
+}
+inline Phases phases_of(const Conv2dProblem& p, Direction direction) {
+  if (direction != Direction::dgrad) return {1, 1, fprop_rows(p), fprop_cols(p)};
+  return {p.stride_h < p.H ? p.stride_h : p.H, p.stride_w < p.W ? p.stride_w : p.W,
+          largest_phase(dgrad_rows(p, 0), p.R), largest_phase(dgrad_cols(p, 0), p.S)};
+}
+
+// Staged planes of one block, with what vectors read past its end.
+inline int64_t stage_elements(const Axis& rows, const Axis& cols, const PixelBlock& block) {
+  return make_strips(rows, block.i).elements() * make_strips(cols, block.j).elements();
+}
+
+// What fprop and dgrad sum over, by direction: channels of x, or filters.
+inline int64_t contracted_channels(const Conv2dProblem& p, Direction direction) {
+  return direction == Direction::dgrad ? p.filters_per_group() : p.channels_per_group();
+}
+inline int64_t produced_channels(const Conv2dProblem& p, Direction direction) {
+  return direction == Direction::dgrad ? p.channels_per_group() : p.filters_per_group();
+}
+
+// One thread's scratch, as offsets in elements; the taps' offsets (int64) come first.
+struct Scratch {
+  int64_t stage, a, b, c, end;
+};
+
+// fprop and dgrad. NCHW: rows of C are channels, columns are pixels (tile_n = pixels). NHWC: the other way round
+// (tile_m = pixels).
+inline Scratch gather_scratch(const Conv2dProblem& p, const Conv2dPlan& plan) {
+  const Phases phases = phases_of(p, plan.direction);
+  const Axis &rows = phases.largest_rows, &cols = phases.largest_cols;
+  Scratch s{};
+  s.stage = 2 * rows.taps * cols.taps + slack;  // an int64 takes two floats
+  if (p.layout == Layout::NCHW) {
+    const PixelBlock block = pixel_block(p.N, rows.outputs, cols.outputs, plan.tile_n);
+    const DepthBlock depth = depth_block(contracted_channels(p, plan.direction), rows.taps * cols.taps, plan.tile_k);
+    s.a = s.stage + block.n * depth.channels * stage_elements(rows, cols, block) + slack;
+    s.b = s.a;
+    s.c = s.b + whole_panels(block.pixels()) * depth.depth() + slack;
+    s.end = s.c + plan.tile_m * whole_panels(block.pixels()) + slack;
+  } else {
+    s.a = s.stage;
+    s.b = s.a + plan.tile_m * (plan.tile_k + slack) + slack;
+    s.c = s.b;
+    s.end = s.c + plan.tile_m * whole_panels(plan.tile_n) + slack;
+  }
+  return s;
+}
+
+// wgrad. NCHW: rows of C are patch elements (c, r, s), columns are filters. NHWC: rows are filters, columns are patch
+// elements (r, s, c). tile_k = pixels.
+inline Scratch wgrad_scratch(const Conv2dProblem& p, const Conv2dPlan& plan) {
+  Scratch s{};
+  s.stage = 2 * p.R * p.S + slack;
+  if (p.layout == Layout::NCHW) {
+    const PixelBlock block = pixel_block(p.N, p.P, p.Q, plan.tile_k);
+    const DepthBlock patch = depth_block(p.channels_per_group(), p.R * p.S, plan.tile_m);
+    s.a = s.stage + block.n * patch.channels * stage_elements(fprop_rows(p), fprop_cols(p), block) + slack;
+    s.b = s.a + patch.depth() * (block.pixels() + slack) + slack;
+    s.c = s.b + whole_panels(plan.tile_n) * block.pixels() + slack;
+    s.end = s.c + (patch.depth() + 1) * whole_panels(plan.tile_n) + slack;
+  } else {
+    s.a = s.stage;
+    s.b = s.a + plan.tile_k * plan.tile_m + slack;
+    s.c = s.b + whole_panels(plan.tile_n) * plan.tile_k + slack;
+    s.end = s.c + plan.tile_m * (whole_panels(plan.tile_n) + slack) + slack;
+  }
+  return s;
+}
+
+}  // namespace
+}  // namespace fastconv::cpu

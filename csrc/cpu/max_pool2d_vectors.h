@@ -1,0 +1,141 @@
+// Vectors of strided elements and of window offsets, for max_pool2d.cpp.
+#pragma once
+
+#include "isa.h"
+
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
+namespace fastconv::cpu {
+namespace {
+
+// even(a, b): every second element of a and b, in an order of its own, which in_order() undoes.
+// low_pairs, high_pairs: a[0], b[0], a[1], b[1] … and the same of the upper halves.
+
+#if defined(__AVX512F__)
+FASTCONV_INLINE vfloat even(vfloat a, vfloat b) {
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+}
+FASTCONV_INLINE vec_t<double> even(vec_t<double> a, vec_t<double> b) {
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14);
+}
+template <typename V>
+FASTCONV_INLINE V in_order(V v) {
+  return v;
+}
+FASTCONV_INLINE vfloat low_pairs(vfloat a, vfloat b) {
+  return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+}
+FASTCONV_INLINE vfloat high_pairs(vfloat a, vfloat b) {
+  return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+}
+FASTCONV_INLINE vec_t<double> low_pairs(vec_t<double> a, vec_t<double> b) {
+  return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+}
+FASTCONV_INLINE vec_t<double> high_pairs(vec_t<double> a, vec_t<double> b) {
+  return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+}
+#elif defined(__AVX2__)
+FASTCONV_INLINE vfloat even(vfloat a, vfloat b) { return __builtin_shufflevector(a, b, 0, 2, 8, 10, 4, 6, 12, 14); }
+FASTCONV_INLINE vec_t<double> even(vec_t<double> a, vec_t<double> b) {
+  return __builtin_shufflevector(a, b, 0, 4, 2, 6);
+}
+template <typename V>
+FASTCONV_INLINE V in_order(V v) {
+  const vec_t<double> pairs = (vec_t<double>)v;
+  return (V)__builtin_shufflevector(pairs, pairs, 0, 2, 1, 3);
+}
+FASTCONV_INLINE vfloat low_pairs(vfloat a, vfloat b) { return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11); }
+FASTCONV_INLINE vfloat high_pairs(vfloat a, vfloat b) {
+  return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+}
+FASTCONV_INLINE vec_t<double> low_pairs(vec_t<double> a, vec_t<double> b) {
+  return __builtin_shufflevector(a, b, 0, 4, 1, 5);
+}
+FASTCONV_INLINE vec_t<double> high_pairs(vec_t<double> a, vec_t<double> b) {
+  return __builtin_shufflevector(a, b, 2, 6, 3, 7);
+}
+#else
+FASTCONV_INLINE vfloat even(vfloat a, vfloat b) { return __builtin_shufflevector(a, b, 0, 2, 4, 6); }
+FASTCONV_INLINE vec_t<double> even(vec_t<double> a, vec_t<double> b) { return __builtin_shufflevector(a, b, 0, 2); }
+template <typename V>
+FASTCONV_INLINE V in_order(V v) {
+  return v;
+}
+FASTCONV_INLINE vfloat low_pairs(vfloat a, vfloat b) { return __builtin_shufflevector(a, b, 0, 4, 1, 5); }
+FASTCONV_INLINE vfloat high_pairs(vfloat a, vfloat b) { return __builtin_shufflevector(a, b, 2, 6, 3, 7); }
+FASTCONV_INLINE vec_t<double> low_pairs(vec_t<double> a, vec_t<double> b) { return __builtin_shufflevector(a, b, 0, 2); }
+FASTCONV_INLINE vec_t<double> high_pairs(vec_t<double> a, vec_t<double> b) {
+  return __builtin_shufflevector(a, b, 1, 3);
+}
+#endif
+
+// `stride` is 1, 2 or, for any other, 0: then it is `step`.
+template <int stride, typename T>
+FASTCONV_INLINE vec_t<T> load_strided(const T* p, int64_t step) {
+  if constexpr (stride == 1) {
+    return load(p);
+  } else if constexpr (stride == 2) {
+    return even(load(p), load(p + lanes<T>));
+  } else {
+    vec_t<T> v;
+    for (int i = 0; i < lanes<T>; ++i) v[i] = to_acc(p[i * step]);
+    return v;
+  }
+}
+template <int stride>
+FASTCONV_INLINE int64_t elements_read(int64_t lanes, int64_t step) {
+  return stride == 0 ? (lanes - 1) * step + 1 : stride * lanes;
+}
+
+// Is any lane's mask set?
+template <typename M>
+FASTCONV_INLINE bool any(M mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi64_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif defined(__AVX2__)
+  return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
+#elif defined(__SSE2__)
+  return _mm_movemask_epi8((__m128i)mask) != 0;
+#else
+  uint64_t words[sizeof mask / 8], bits = 0;
+  memcpy(words, &mask, sizeof mask);
+  for (const uint64_t word : words) bits |= word;
+  return bits != 0;
+#endif
+}
+
+// Offsets within a window are kept in 1, 2 or 4 bytes and computed in the lanes of mask_t<T>.
+template <typename T, typename Offset>
+struct OffsetVector {
+  typedef Offset type __attribute__((vector_size(lanes<T> * sizeof(Offset))));
+};
+template <typename T, typename Offset>
+FASTCONV_INLINE mask_t<T> load_offsets(const Offset* p) {
+  typename OffsetVector<T, Offset>::type narrow;
+  memcpy(&narrow, p, sizeof narrow);
+  return __builtin_convertvector(narrow, mask_t<T>);
+}
+template <typename T, typename Offset>
+FASTCONV_INLINE void store_offsets(Offset* p, mask_t<T> v) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  if constexpr (sizeof(Offset) == 1) {  // GCC 12 narrows one lane after the other
+    __m128i words;
+    if constexpr (sizeof(v[0]) == 4) {
+      words = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
+    } else {
+      const __m256i low = _mm256_permutevar8x32_epi32((__m256i)v, _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6));
+      words = _mm_packs_epi32(_mm256_castsi256_si128(low), _mm256_castsi256_si128(low));
+    }
+    const __m128i bytes = _mm_packus_epi16(words, words);
+    memcpy(p, &bytes, lanes<T>);
+    return;
+  }
+#endif
+  const auto narrow = __builtin_convertvector(v, typename OffsetVector<T, Offset>::type);
+  memcpy(p, &narrow, sizeof narrow);
+}
+
+}  // namespace
+}  // namespace fastconv::cpu

@@ -1,0 +1,239 @@
+"""The layers against torch.nn's, and whole networks before and after convert()."""
+
+import copy
+import io
+import pickle
+
+import networks
+import pytest
+import torch
+from references import without_onednn
+from torch import nn
+
+import fastconv
+
+# ours, arguments, keywords, size of the input
+LAYERS = {
+    "conv": ("Conv2d", (4, 6, 3), {}, (2, 4, 7, 8)),
+    "conv, all arguments": (
+        "Conv2d", (4, 6, (3, 2)), {"stride": (2, 1), "padding": (1, 2), "dilation": (1, 2), "groups": 2}, (2, 4, 7, 8)
+    ),
+    "conv, no bias": ("Conv2d", (4, 6, 3), {"bias": False}, (2, 4, 7, 8)),
+    "conv, same": ("Conv2d", (4, 6, (4, 3)), {"padding": "same"}, (2, 4, 7, 8)),
+    "conv, valid": ("Conv2d", (4, 6, (4, 3)), {"padding": "valid"}, (2, 4, 7, 8)),
+    "conv, reflect": ("Conv2d", (4, 6, 3), {"padding": (1, 2), "padding_mode": "reflect"}, (2, 4, 7, 8)),
+    "conv, circular same": ("Conv2d", (4, 6, (4, 3)), {"padding": "same", "padding_mode": "circular"}, (2, 4, 7, 8)),
+    "conv, replicate": ("Conv2d", (4, 6, 3), {"padding": 1, "padding_mode": "replicate", "stride": 2}, (2, 4, 7, 8)),
+    "conv, unbatched": ("Conv2d", (4, 6, 3), {}, (4, 7, 8)),
+    "pool": ("MaxPool2d", (2,), {}, (2, 4, 7, 8)),
+    "pool, all arguments": (
+        "MaxPool2d", ((3, 2), (2, 1), (1, 0), (1, 2), False, True), {}, (2, 4, 7, 8)
+    ),
+    "batch norm": ("BatchNorm2d", (4,), {}, (3, 4, 5, 6)),
+    "batch norm, all arguments": ("BatchNorm2d", (4,), {"eps": 1e-3, "momentum": 0.4}, (3, 4, 5, 6)),
+    "batch norm, cumulative average": ("BatchNorm2d", (4,), {"momentum": None}, (3, 4, 5, 6)),
+    "batch norm, not affine": ("BatchNorm2d", (4,), {"affine": False}, (3, 4, 5, 6)),
+    "batch norm, no statistics": ("BatchNorm2d", (4,), {"track_running_stats": False}, (3, 4, 5, 6)),
+}  # fmt: skip
+
+NETWORKS = {
+    "AlexNet": (networks.AlexNet, {"classes": 10}, (1, 3, 227, 227)),
+    "VGG with BatchNorm": (networks.VGG, {"classes": 10, "size": 1, "width": 64}, (3, 3, 32, 32)),
+    "ResNet-18": (networks.ResNet18, {"classes": 10}, (2, 3, 64, 64)),
+}
+
+
+def pair(name, dtype=torch.float64):
+    """Ours and torch's, with the same parameters, and an input."""
+    kind, arguments, keywords, size = LAYERS[name]
+    theirs = getattr(nn, kind)(*arguments, **keywords, **({"dtype": dtype} if kind != "MaxPool2d" else {}))
+    ours = getattr(fastconv, kind)(*arguments, **keywords, **({"dtype": dtype} if kind != "MaxPool2d" else {}))
+    ours.load_state_dict(theirs.state_dict())
+    return ours, theirs, torch.randn(size, dtype=dtype)
+
+
+def gradients(module, loss):
+    return dict(zip([n for n, _ in module.named_parameters()], torch.autograd.grad(loss, module.parameters()), strict=True))
+
+
+def assert_close(a, b, scale=None):
+    """Within 1e-10 of the largest magnitude, in float64."""
+    assert a.shape == b.shape and a.dtype == b.dtype
+    scale = b.abs().max() if scale is None else scale
+    assert (a - b).abs().max() <= 1e-10 * scale
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "NHWC"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_training_step_and_evaluation(native_backend, name, layout):
+    ours, theirs, x = pair(name)
+    if x.dim() == 4:
+        x = x.contiguous(memory_format=layout)
+    ours, theirs, x = (native_backend.put(x) if x is t else t.to(native_backend.device) for t in (ours, theirs, x))
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (ours, theirs) if list(m.parameters())]
+    for _ in range(2):
+        results = [module(x) for module in (ours, theirs)]
+        for a, b in zip(*(r if isinstance(r, tuple) else (r,) for r in results), strict=True):
+            assert_close(a, b)
+        for optimizer, result in zip(optimizers, results, strict=False):
+            optimizer.zero_grad()
+            result.square().sum().backward()
+            optimizer.step()
+    for module in (ours, theirs):
+        module.eval()
+    ours_y, theirs_y = (r[0] if isinstance(r, tuple) else r for r in (ours(x), theirs(x)))
+    assert_close(ours_y, theirs_y)
+    for key, value in theirs.state_dict().items():
+        assert_close(ours.state_dict()[key], value)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_repr_state_dict_and_pickle(name):
+    ours, theirs, x = pair(name)
+    assert repr(ours) == repr(theirs)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    again = pickle.loads(pickle.dumps(ours))
+    assert type(again) is type(ours) and repr(again) == repr(ours)
+    a, b = again(x), copy.deepcopy(ours)(x)
+    for p, q in zip(*(r if isinstance(r, tuple) else (r,) for r in (a, b)), strict=True):
+        assert torch.equal(p, q)
+    buffer = io.BytesIO()
+    torch.save(ours.state_dict(), buffer)
+    buffer.seek(0)
+    theirs.load_state_dict(torch.load(buffer))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_converted_network_gives_the_same_outputs_and_gradients(name):
+    build, arguments, size = NETWORKS[name]
+    model = build(**arguments).double().train()
+    x = torch.randn(size, dtype=torch.float64)
+    state = copy.deepcopy(model.state_dict())
+    with without_onednn():
+        expected = model(x)
+    expected_grads = gradients(model, expected.square().mean())
+    expected_state = copy.deepcopy(model.state_dict())
+
+    model.load_state_dict(state)
+    assert fastconv.convert(model) is model
+    actual = model(x)
+    assert_close(actual, expected)
+    largest = max(g.abs().max() for g in expected_grads.values())
+    for key, grad in gradients(model, actual.square().mean()).items():
+        assert_close(grad, expected_grads[key], largest)
+    for key, value in model.state_dict().items():
+        if "running" in key:
+            assert_close(value, expected_state[key])
+    model.eval()
+    y = model(x)
+    assert_close(y, fastconv.revert(model)(x))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_convert_and_revert_keep_everything_but_the_classes(name):
+    build, arguments, _ = NETWORKS[name]
+    with torch.device("meta"):
+        model = build(**arguments)
+    classes, before = [type(m) for m in model.modules()], repr(model)
+    parameters = [id(p) for p in model.parameters()]
+    fastconv.convert(model)
+    converted = [type(m) for m in model.modules()]
+    swaps = {nn.Conv2d: fastconv.Conv2d, nn.MaxPool2d: fastconv.MaxPool2d, nn.BatchNorm2d: fastconv.BatchNorm2d}
+    assert converted == [swaps.get(c, c) for c in classes] and converted != classes
+    assert [id(p) for p in model.parameters()] == parameters and repr(model) == before
+    fastconv.convert(model)
+    assert [type(m) for m in model.modules()] == converted
+    fastconv.revert(model)
+    assert [type(m) for m in model.modules()] == classes
+
+
+def test_parameters_of_the_printed_networks():
+    def count(model):
+        return sum(p.numel() for p in model.parameters())
+
+    with torch.device("meta"):
+        assert count(networks.AlexNet()) == 62_378_344
+        assert count(networks.AlexNet(groups=2)) == 60_965_224
+        vgg = [m.weight.numel() for m in networks.VGG().modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    assert vgg[:8] == [1_728, 36_864, 73_728, 147_456, 294_912, 589_824, 589_824, 1_179_648]
+    assert vgg[8:] == [2_359_296] * 5 + [102_760_448, 16_777_216, 4_096_000]
+
+
+def test_convert_of_a_single_layer_keeps_hooks_mode_and_dtype():
+    layer = nn.BatchNorm2d(3).double().eval()
+    calls = []
+    layer.register_forward_hook(lambda *_: calls.append(1))
+    converted = fastconv.convert(layer)
+    assert type(converted) is fastconv.BatchNorm2d and not converted.training
+    assert converted(torch.randn(2, 3, 4, 5, dtype=torch.float64)).dtype is torch.float64 and calls == [1]
+    assert type(fastconv.revert(converted)) is nn.BatchNorm2d
+
+
+def test_shared_layers_stay_shared():
+    layer = nn.Conv2d(3, 3, 1)
+    model = fastconv.convert(nn.Sequential(layer, nn.ReLU(), layer))
+    assert model[0] is model[2] and type(model[0]) is fastconv.Conv2d
+
+
+def test_subclasses_are_left_alone():
+    class Scaled(nn.Conv2d):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = fastconv.convert(nn.Sequential(Scaled(3, 4, 1), nn.Conv2d(4, 5, 1)))
+    assert type(model[0]) is Scaled and type(model[1]) is fastconv.Conv2d
+    assert type(fastconv.revert(model)[0]) is Scaled
+
+
+def test_parametrized_layers_are_converted():
+    theirs = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3).double())
+    ours = fastconv.convert(copy.deepcopy(theirs))
+    assert isinstance(ours, fastconv.Conv2d)
+    x = torch.randn(2, 3, 5, 6, dtype=torch.float64)
+    assert_close(ours(x), theirs(x))
+    (ours(x) ** 2).sum().backward(), (theirs(x) ** 2).sum().backward()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert_close(a.grad, b.grad)
+    assert not isinstance(fastconv.revert(ours), fastconv.Conv2d) and isinstance(ours, nn.Conv2d)
+
+
+def test_a_converted_layer_runs_fastconvs_kernels(monkeypatch):
+    called = []
+
+    def recording(name, op):
+        return lambda *args: called.append(name) or op(*args)
+
+    for name in fastconv._ops.OPS:
+        monkeypatch.setattr(fastconv._ops, name, recording(name, getattr(fastconv._ops, name)))
+    model = fastconv.convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.MaxPool2d(2)))
+    model(torch.randn(2, 3, 6, 7)).sum().backward()
+    assert set(called) == {
+        "conv2d_fprop", "batch_norm_train", "max_pool2d_forward",
+        "max_pool2d_backward", "batch_norm_backward", "conv2d_wgrad",
+    }  # fmt: skip
+
+
+def test_coverage_says_what_was_swapped_and_why_not():
+    class Scaled(nn.Conv2d):
+        pass
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(nn.ReLU(), Scaled(4, 4, 1)), nn.MaxPool2d(2))
+    fastconv.convert(model[0])
+    rows = {row.name: row for row in fastconv.coverage(model)}
+    assert list(rows) == ["0", "1.0", "1.1", "2"]
+    assert rows["0"].swapped and rows["0"].reason == ""
+    assert not rows["1.0"].swapped and rows["1.0"].reason == "fastconv has no such layer"
+    assert not rows["1.1"].swapped and "subclass" in rows["1.1"].reason
+    assert not rows["2"].swapped and "not converted" in rows["2"].reason
+    table = str(fastconv.coverage(model)).splitlines()
+    assert len(table) == 4 and "fastconv" in table[0] and "torch" in table[3]
+
+
+def test_layers_work_on_the_meta_device():
+    with torch.device("meta"):
+        model = fastconv.convert(networks.ResNet18())
+        x = torch.empty(2, 3, 64, 64)
+    y = model(x)
+    assert y.shape == (2, 1000) and y.device.type == "meta"
+    y.sum().backward()
+    assert all(p.grad.shape == p.shape for p in model.parameters())
