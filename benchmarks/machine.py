@@ -123,20 +123,28 @@ def best_seconds(call, device, repetitions):
     return min(times)
 
 
+def matmul_gflop_s(device, dtype, largest):
+    """GFLOP/s of n×n matmuls: the best, over sizes that double until one takes a tenth of a second."""
+    best, n, seconds = 0.0, 512, 0.0
+    while n <= largest and seconds < 0.1:
+        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        seconds = best_seconds(lambda a=a, b=b: a @ b, device, 5)
+        best = max(best, 2 * n**3 / seconds / 1e9)
+        n *= 2
+    return best
+
+
 def limits(device, dtype):
-    """What torch itself reaches here at best: GB/s of a large copy (bytes read and written), GFLOP/s of a matmul."""
+    """What torch itself reaches here at best: GB/s of a large copy (bytes read and written), GFLOP/s of a matmul. A CPU
+    that is slower in a low precision than in float32 has the limit of float32."""
     elements = 2**30 if device == "cuda" else 2**28
     source = torch.ones(elements, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     seconds = best_seconds(lambda: target.copy_(source), device, 10)
-    bandwidth = 2 * elements / seconds / 1e9
-
-    n = 8192 if device == "cuda" else 2048
-    if dtype == "float64":
-        n //= 2
-    a, b = (torch.randn(n, n, device=device).to(DTYPES[dtype]) for _ in range(2))
-    seconds = best_seconds(lambda: a @ b, device, 10 if device == "cuda" else 5)
-    return {"copy_gb_s": bandwidth, "matmul_gflop_s": 2 * n**3 / seconds / 1e9}
+    matmul = matmul_gflop_s(device, DTYPES[dtype], 8192 if device == "cuda" else 2048)
+    if device == "cpu" and DTYPES[dtype].itemsize == 2:
+        matmul = max(matmul, matmul_gflop_s(device, torch.float32, 2048))
+    return {"copy_gb_s": 2 * elements / seconds / 1e9, "matmul_gflop_s": matmul}
 
 
 def set_precision(dtype):

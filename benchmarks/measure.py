@@ -36,7 +36,7 @@ class Timing:
 
     @classmethod
     def of(cls, samples):
-        low, median, high = statistics.quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else samples * 3
+        low, median, high = statistics.quantiles(samples * 2 if len(samples) == 1 else samples, n=4, method="inclusive")
         return cls(median, low, high, len(samples))
 
     @property
@@ -135,14 +135,19 @@ def reference(layer, tensors, device):
     """(y and the gradients of x, weight and bias, whose they are): by torch in float64, or in tensors' own dtype where
     a GPU's memory has no room for that."""
     elements = tensors.x.numel() + tensors.dy.numel()
-    huge = device == "cuda" and 32 * elements > torch.cuda.mem_get_info()[0] / 2
+    huge = False
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        huge = 32 * elements > torch.cuda.mem_get_info()[0] / 2
     exact = tensors.to(None if huge else torch.float64)
-    benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+    cudnn = torch.backends.cudnn
+    settings = cudnn.benchmark, cudnn.conv.fp32_precision
+    cudnn.benchmark, cudnn.conv.fp32_precision = False, "ieee"
     try:
         y = exact.forward(layer, F)
         return [y.detach(), *exact.backward(y)], "torch's own" if huge else "float64"
     finally:
-        torch.backends.cudnn.benchmark = benchmark
+        cudnn.benchmark, cudnn.conv.fp32_precision = settings
 
 
 def bound(dtype, terms, tf32):
@@ -181,7 +186,8 @@ def timer(device):
 
         return milliseconds
 
-    flush = torch.empty(max(2**29, 4 * torch.cuda.get_device_properties(0).L2_cache_size), dtype=torch.int8).cuda()
+    flush_bytes = max(2**29, 4 * torch.cuda.get_device_properties(0).L2_cache_size)
+    flush = torch.empty(flush_bytes, dtype=torch.int8, device=device)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def milliseconds(call):
@@ -197,7 +203,8 @@ def timer(device):
 
 def time_in_turn(calls, milliseconds, seconds, rounds):
     """{name: Timing} of {name: call}, each called once a round in random order, so that drift hits all of them.
-    Ends after `seconds`, but not before the first and not after the second number of `rounds`."""
+    Ends after `seconds`, but not before the first and not after the second number of `rounds`; a slow call has at
+    least one round in three times the time."""
     rng = random.Random(0)
     samples = {name: [] for name in calls}
     for call in calls.values():
@@ -205,9 +212,9 @@ def time_in_turn(calls, milliseconds, seconds, rounds):
     gc.collect()
     gc.disable()
     try:
-        deadline = time.perf_counter() + seconds
+        start = time.perf_counter()
         for turn in range(rounds[1]):
-            if turn >= rounds[0] and time.perf_counter() > deadline:
+            if turn and time.perf_counter() - start > (seconds if turn >= rounds[0] else 3 * seconds):
                 break
             for name in rng.sample(list(calls), len(calls)):
                 samples[name].append(milliseconds(calls[name]))

@@ -20,7 +20,7 @@ try:
     import matplotlib  # noqa: F401
     import rich  # noqa: F401
 except ImportError as error:
-    sys.exit(f"the benchmark needs {error.name}: pip install rich matplotlib, or pip install 'fastconv[benchmark]'")
+    sys.exit(f"the benchmark needs {error.name}: pip install rich matplotlib")
 
 import layers  # noqa: E402
 import machine  # noqa: E402
@@ -30,7 +30,7 @@ from measure import measure, timer  # noqa: E402
 from report import as_dicts, console, group_table, headline, summarize, summary_table, write_json  # noqa: E402
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn  # noqa: E402
 
-SECONDS, ROUNDS = 2.0, (7, 200)  # for each direction of a layer in a layout
+SECONDS, ROUNDS = 1.5, (7, 200)  # for each direction of a layer in a layout
 QUICK_SECONDS, QUICK_ROUNDS = 0.6, (3, 100)
 
 

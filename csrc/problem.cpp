@@ -1,5 +1,6 @@
 #include "problem.h"
 
+#include <algorithm>
 #include <sstream>
 #include <stdexcept>
 
@@ -52,10 +53,15 @@ Pair pool_pair(const char* text, const Sizes& values) {
 
 int64_t effective_kernel(int64_t kernel, int64_t dilation) { return add(multiply(dilation, kernel - 1), 1); }
 
-// Elements past the last one that any window covers: (padded size − effective kernel) mod stride, less the padding.
+// Elements past the last one that any window reads. The last window may reach into the padding, so that it is another
+// window, or another element of the kernel, that reads the furthest.
 int64_t unread(int64_t size, int64_t kernel, int64_t out, int64_t stride, int64_t pad, int64_t dilation) {
-  const int64_t last = (out - 1) * stride - pad + dilation * (kernel - 1);
-  return last >= size - 1 ? 0 : size - 1 - last;
+  int64_t last = -1;
+  for (int64_t r = 0; r < kernel; ++r) {
+    const int64_t room = size - 1 + pad - r * dilation;
+    if (room >= 0) last = std::max(last, std::min(room / stride, out - 1) * stride + r * dilation - pad);
+  }
+  return size - 1 - last;
 }
 
 // torch's pooling_output_shape: with ceil_mode the last window must still start inside the input or its left padding.

@@ -194,7 +194,8 @@ class BatchNormEval(Function):
 def _running(x, running_mean, running_var, eps):
     """mean and 1/√(var + eps) as copies, since a training step before backward would change the running statistics."""
     statistics = torch.float64 if x.dtype is torch.float64 else torch.float32
-    return running_mean.to(statistics, copy=True), (running_var.to(statistics) + eps).rsqrt()
+    mean, var = (t.to(statistics, copy=True) for t in (running_mean, running_var))
+    return mean, (var + eps).rsqrt()
 
 
 def _save_batch_norm(ctx, x, weight, bias, mean, invstd, eps, channels_last):

@@ -20,7 +20,7 @@ from references import LOW_PRECISION, accumulator, gamma, unit_roundoff
 
 @dataclass
 class Bounded:
-    """An exact result and a bound on the error of each of its elements in exact-input arithmetic, float64 on the CPU."""
+    """An exact result and a bound on the error of each of its elements, before a last rounding. Float64 on the CPU."""
 
     value: torch.Tensor
     error: torch.Tensor

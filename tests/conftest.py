@@ -6,7 +6,6 @@ would take it too long. `--fastconv-order` lets the emulated threads run in anot
 
 import contextlib
 import ctypes
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import pytest
 import torch
 
 import fastconv
-from fastconv import _fake, _ops, autograd
+from fastconv import _fake, _ops, _vmap, autograd
 
 ROOT = Path(__file__).resolve().parent.parent
 EMULATED_LIBRARY = ROOT / "build" / "ninja" / "libfastconv_emulated.so"
@@ -48,12 +47,12 @@ class Backend:
 
 @pytest.fixture(scope="session")
 def emulated_library(request):
-    """The emulated library, loaded, with its ops' fake kernels and derivatives."""
+    """The emulated library, loaded, with its ops' fake kernels, vmap rules and derivatives."""
     if not EMULATED_LIBRARY.exists():
         pytest.skip("no emulated kernels: build them with `python setup.py build_ext --inplace --emulated`")
     torch.ops.load_library(str(EMULATED_LIBRARY))
-    _fake.register("fastconv_emulated")
-    autograd.register("fastconv_emulated")
+    for module in (_fake, _vmap, autograd):
+        module.register("fastconv_emulated")
     library = ctypes.CDLL(str(EMULATED_LIBRARY))
     library.fastconv_emulation_switches.restype = ctypes.c_uint64
     library.fastconv_emulation_set_order(ORDERS.index(request.config.getoption("--fastconv-order")), ctypes.c_uint(1))
@@ -101,16 +100,16 @@ def native_backend(request):
 
 
 @pytest.fixture(autouse=True)
-def _seed():
+def _same_start_for_every_test():
     torch.manual_seed(0)
+    # More threads would only wait for each other over small tensors. That they give the same bits is a test of each op.
+    torch.set_num_threads(1)
 
 
 @pytest.fixture
 def threads():
     """A function that sets the number of CPU threads for the rest of the test."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
+    return torch.set_num_threads
 
 
 @pytest.fixture
@@ -120,8 +119,3 @@ def isas():
     before = introspect.isa()
     yield introspect.isas()
     introspect.use_isa(before)
-
-
-@pytest.fixture(scope="session")
-def root():
-    return Path(os.fspath(ROOT))

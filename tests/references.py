@@ -1,8 +1,8 @@
 """What the ops should compute, in float64 by torch, and how far from it rounding may take them.
 
-The bounds come from the inputs alone (Higham, Accuracy and Stability of Numerical Algorithms, chapters 3 and 4): a sum of
-n products, added in any order, is off by at most γ_n = n·u / (1 − n·u) times the same sum of absolute values. They are
-compared with the largest error and the largest such sum over a tensor, so that they also hold for methods that are
+The bounds come from the inputs alone (Higham, Accuracy and Stability of Numerical Algorithms, chapters 3 and 4): a sum
+of n products, added in any order, is off by at most γ_n = n·u / (1 − n·u) times the same sum of absolute values. They
+are compared with the largest error and the largest such sum over a tensor, so that they also hold for methods that are
 accurate by the norm only. Nothing in them is tuned.
 """
 
@@ -109,8 +109,7 @@ def conv2d_reference(x, w, bias, dy, stride, padding, dilation, groups):
     n, _, p, q = dy.shape
     terms = (channels * r * s + 1, filters // groups * r * s, n * p * q, n * p * q)
     return [
-        Expected(*result) if result[0] is not None else None
-        for result in zip(values, magnitudes, terms, strict=True)
+        Expected(*result) if result[0] is not None else None for result in zip(values, magnitudes, terms, strict=True)
     ]
 
 

@@ -8,7 +8,8 @@ from references import LOW_PRECISION, largest_error
 
 import fastconv
 
-SIZES = [(4, 3, 5, 7), (1, 5, 3, 4), (3, 1, 6, 2), (7, 17), (2, 1), (5, 6, 9), (2, 3, 2, 3, 4), (9, 4, 1, 1), (2, 70, 3, 1)]
+IMAGES = [(4, 3, 5, 7), (1, 5, 3, 4), (3, 1, 6, 2), (9, 4, 1, 1), (2, 70, 3, 1)]
+OTHERS = [(7, 17), (2, 1), (5, 6, 9), (2, 3, 2, 3, 4)]  # after a fully connected layer, sequences, volumes
 LARGE_SIZES = [(4, 40, 37, 41), (33, 300), (2, 130, 14, 15), (3, 5, 130, 121), (300, 70, 2, 3), (1, 2, 300, 301)]
 LAYOUTS = ("contiguous", "channels_last", "slices")
 RESULTS = ("y", "dx", "dweight", "dbias", "running_mean", "running_var")
@@ -55,7 +56,7 @@ def check(backend, x, layout="contiguous", training=True, parameters=None, momen
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("size", IMAGES + OTHERS, ids=str)
 def test_forward_backward_and_statistics(backend, size, layout, training):
     check(backend, torch.randn(size) * 2 + 3, layout, training)
 

@@ -19,6 +19,7 @@ pytest.importorskip("matplotlib")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path += [str(ROOT / "benchmarks"), str(ROOT / "examples")]
 
+import cliffs  # noqa: E402
 import fashion_mnist  # noqa: E402
 import layers  # noqa: E402
 import machine  # noqa: E402
@@ -96,6 +97,13 @@ def test_selection():
         run.parse(["--filter", "no such layer"])
 
 
+def test_neighbours_of_a_depthwise_layer_are_depthwise():
+    found = dict(cliffs.neighbours(BY_NAME["mobilenet.dw56"]))
+    assert list(found) == ["", "N-1", "C-1", "N+1", "C+1"]
+    assert (found["C+1"].C, found["C+1"].K, found["C+1"].groups) == (129, 129, 129)
+    assert found["N-1"].batches == (3, 255)
+
+
 # The figures
 
 
@@ -126,7 +134,7 @@ def test_summary_and_headline():
 def test_calls_alternate():
     order = []
     calls = {name: lambda name=name: order.append(name) for name in ("a", "b")}
-    times = measure.time_in_turn(calls, measure.timer("cpu"), 0, (8, 20))
+    times = measure.time_in_turn(calls, measure.timer("cpu"), 60, (0, 8))
     assert [timing.samples for timing in times.values()] == [8, 8]
     rounds = [tuple(order[i : i + 2]) for i in range(2, len(order), 2)]  # after a warm-up of both
     assert set(rounds) == {("a", "b"), ("b", "a")}

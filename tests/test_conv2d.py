@@ -77,7 +77,11 @@ LAYOUTS = ("contiguous", "channels_last", "channels_last input", "channels_last 
 
 def lay_out(tensor, layout, is_weight=False):
     """The same values in another order in memory."""
-    wants_channels_last = {"channels_last": True, "channels_last input": not is_weight, "channels_last weight": is_weight}
+    wants_channels_last = {
+        "channels_last": True,
+        "channels_last input": not is_weight,
+        "channels_last weight": is_weight,
+    }
     if wants_channels_last.get(layout, False):
         return tensor.contiguous(memory_format=torch.channels_last)
     if layout != "slices":
@@ -117,6 +121,18 @@ def check(backend, case, dtype, layout="contiguous", algo=None, bias=True, compa
             assert_close(name, result, reference, peer)
 
 
+def check_every_value(backend, dtype):
+    """Every number of a two-byte dtype times some others: x·w is exact in float32 and rounded once."""
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).reshape(1, 1, 256, 256)
+    w = torch.tensor([1, -1, 0.3, 1.75, 2**-9, 2**-14 / 3, 777], dtype=dtype).reshape(-1, 1, 1, 1)
+    expected = (x.float() * w.float().flatten()[:, None, None]).to(dtype)
+    y = fastconv.conv2d(backend.put(x), backend.put(w)).cpu()
+    is_nan = expected.isnan()
+    assert torch.equal(y.isnan(), is_nan)
+    different = (y != expected) & ~is_nan
+    assert not different.any(), f"{different.sum()} of {y.numel()}: {y[different][:3]} for {expected[different][:3]}"
+
+
 def algorithm_or_skip(backend, case, algo):
     """Skips what the algorithm refuses, which must then be a ValueError that says why."""
     x, w, _, _ = inputs_of(case, torch.float32)
@@ -138,6 +154,11 @@ def test_forward_and_gradients(backend, case, layout):
 @pytest.mark.parametrize("case", CASES[:6] + CASES[11:14], ids=str)
 def test_dtypes(backend, case, layout, dtype):
     check(backend, case, dtype, layout, compare_with_torch=dtype is not torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_every_value_of_low_precision(backend, dtype):
+    check_every_value(backend, dtype)
 
 
 @pytest.mark.parametrize("algo", ["direct_naive", "direct", "im2col", "depthwise"])
@@ -237,17 +258,17 @@ def test_same_bits_for_any_number_of_threads_and_every_run(native_backend, layou
         for algo in (None, *native_backend.algorithms):
             tensors = [native_backend.put(t) for t in inputs_of(case, torch.float32, layout)]
 
-            def run(tensors=tensors, case=case, algo=algo):
-                return conv2d_gradients(lambda *t: fastconv.conv2d(*t, *case.config, algo=algo), *tensors)
+            def conv2d(x, w, b, config=case.config, algo=algo):
+                return fastconv.conv2d(x, w, b, *config, algo=algo)
 
             try:
                 threads(1)
-                first = run()
+                first = conv2d_gradients(conv2d, *tensors)
             except ValueError:  # the algorithm cannot do this problem
                 continue
             for count in (1, 2, 3):
                 threads(count)
-                for a, b in zip(first, run(), strict=True):
+                for a, b in zip(first, conv2d_gradients(conv2d, *tensors), strict=True):
                     assert torch.equal(a, b), f"{case}, algo {algo}: {count} threads give other bits than one"
 
 

@@ -1,4 +1,4 @@
-"""Every derivative against finite differences in float64: first and, for convolution and pooling, second order."""
+"""Every derivative, first and second, against finite differences in float64."""
 
 import pytest
 import torch
@@ -31,7 +31,9 @@ WINDOWS = {
 
 def leaf(backend, size, layout="contiguous"):
     tensor = torch.randn(size, dtype=torch.float64)
-    return backend.put(tensor.contiguous(memory_format=LAYOUTS[layout]) if tensor.dim() == 4 else tensor).requires_grad_()
+    return backend.put(
+        tensor.contiguous(memory_format=LAYOUTS[layout]) if tensor.dim() == 4 else tensor
+    ).requires_grad_()
 
 
 def distinct(backend, size, layout):
@@ -39,11 +41,6 @@ def distinct(backend, size, layout):
     count = torch.Size(size).numel()
     values = (torch.randperm(count) / 10).double().reshape(size)
     return backend.put(values.contiguous(memory_format=LAYOUTS[layout])).requires_grad_()
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(threads):
-    threads(1)  # more would only wait for each other over tensors as small as these
 
 
 def check(backend, function, inputs, second_order=True):
@@ -77,7 +74,9 @@ def test_conv2d_by_algorithm(backend):
     x, w, *config = CONVOLUTIONS["depthwise"]
     inputs = leaf(backend, x), leaf(backend, w), leaf(backend, (w[0],))
     for algo in backend.algorithms:
-        check(backend, lambda *inputs, algo=algo: fastconv.conv2d(*inputs, *config, algo=algo), inputs, algo == "direct")
+        check(
+            backend, lambda *inputs, algo=algo: fastconv.conv2d(*inputs, *config, algo=algo), inputs, algo == "direct"
+        )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -107,14 +106,8 @@ def test_batch_norm(backend, size, layout, training):
     def batch_norm(x, weight, bias):
         return fastconv.batch_norm(x, mean.clone(), var.clone(), weight, bias, training)
 
-    check(backend, batch_norm, inputs, second_order=False)
-
-
-def test_batch_norm_has_no_second_derivative(backend):
-    x = leaf(backend, (3, 2, 2, 3))
-    (dx,) = torch.autograd.grad(fastconv.batch_norm(x, None, None, training=True).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
+    check(backend, batch_norm, inputs)
+    check(backend, lambda x: batch_norm(x, None, None), inputs[:1])
 
 
 def test_ops_called_directly_keep_their_gradients(backend):
@@ -147,21 +140,7 @@ def test_ops_called_directly_raise_where_they_have_no_derivative(backend):
         lambda: ops.max_pool2d_backward(y.requires_grad_(), offsets, x_size, *window),
         lambda: ops.batch_norm_train(x, None, None, None, None, 0.1, 1e-5, False)[0],
     ):
-        with pytest.raises(NotImplementedError, match="differentiable through fastconv"):
+        with pytest.raises(NotImplementedError, match="differentiable"):
             call().sum().backward()
     with pytest.raises(RuntimeError, match="needs return_offsets=True"):
         ops.max_pool2d_forward(x, *window, False)[0].sum().backward()
-
-
-def test_transforms_raise_instead_of_losing_a_derivative(backend):
-    x, w = torch.randn(1, 2, 5, 4), torch.randn(3, 2, 2, 3)
-    x, w = backend.put(x), backend.put(w)
-    fastconv.conv2d(x, w)
-    with pytest.raises(RuntimeError, match="setup_context|vmap"):
-        torch.func.vmap(lambda x: fastconv.conv2d(x[None], w))(x)
-    with pytest.raises(RuntimeError, match="setup_context"):
-        torch.func.grad(lambda x: fastconv.conv2d(x, w).sum())(x)
-    with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
-        with pytest.raises(RuntimeError, match="jvp|forward"):
-            fastconv.conv2d(dual, w)

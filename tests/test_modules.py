@@ -2,6 +2,7 @@
 
 import copy
 import io
+import os
 import pickle
 
 import networks
@@ -52,8 +53,14 @@ def pair(name, dtype=torch.float64):
     return ours, theirs, torch.randn(size, dtype=dtype)
 
 
+def as_tuple(result):
+    return result if isinstance(result, tuple) else (result,)
+
+
 def gradients(module, loss):
-    return dict(zip([n for n, _ in module.named_parameters()], torch.autograd.grad(loss, module.parameters()), strict=True))
+    return dict(
+        zip([n for n, _ in module.named_parameters()], torch.autograd.grad(loss, module.parameters()), strict=True)
+    )
 
 
 def assert_close(a, b, scale=None):
@@ -72,19 +79,21 @@ def test_a_training_step_and_evaluation(native_backend, name, layout):
     ours, theirs, x = (native_backend.put(x) if x is t else t.to(native_backend.device) for t in (ours, theirs, x))
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (ours, theirs) if list(m.parameters())]
     for _ in range(2):
-        results = [module(x) for module in (ours, theirs)]
-        for a, b in zip(*(r if isinstance(r, tuple) else (r,) for r in results), strict=True):
+        leaves = [x.clone(memory_format=torch.preserve_format).requires_grad_() for _ in range(2)]
+        results = [as_tuple(module(leaf)) for module, leaf in zip((ours, theirs), leaves, strict=True)]
+        for a, b in zip(*results, strict=True):
             assert_close(a, b)
-        for optimizer, result in zip(optimizers, results, strict=False):
-            optimizer.zero_grad()
-            result.square().sum().backward()
+        dy = torch.randn_like(results[0][0])
+        for result in results:
+            result[0].backward(dy)
+        assert_close(*(leaf.grad for leaf in leaves))
+        for optimizer in optimizers:
             optimizer.step()
-    for module in (ours, theirs):
-        module.eval()
-    ours_y, theirs_y = (r[0] if isinstance(r, tuple) else r for r in (ours(x), theirs(x)))
-    assert_close(ours_y, theirs_y)
+            optimizer.zero_grad()
     for key, value in theirs.state_dict().items():
         assert_close(ours.state_dict()[key], value)
+    ours.eval(), theirs.eval()
+    assert_close(as_tuple(ours(x))[0], as_tuple(theirs(x))[0])
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -95,7 +104,7 @@ def test_repr_state_dict_and_pickle(name):
     again = pickle.loads(pickle.dumps(ours))
     assert type(again) is type(ours) and repr(again) == repr(ours)
     a, b = again(x), copy.deepcopy(ours)(x)
-    for p, q in zip(*(r if isinstance(r, tuple) else (r,) for r in (a, b)), strict=True):
+    for p, q in zip(as_tuple(a), as_tuple(b), strict=True):
         assert torch.equal(p, q)
     buffer = io.BytesIO()
     torch.save(ours.state_dict(), buffer)
@@ -104,7 +113,8 @@ def test_repr_state_dict_and_pickle(name):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_a_converted_network_gives_the_same_outputs_and_gradients(name):
+def test_a_converted_network_gives_the_same_outputs_and_gradients(name, threads):
+    threads(os.cpu_count())
     build, arguments, size = NETWORKS[name]
     model = build(**arguments).double().train()
     x = torch.randn(size, dtype=torch.float64)

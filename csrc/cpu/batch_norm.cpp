@@ -7,19 +7,19 @@
 // Where that was too far from the mean, so that s2 − s1²/n would cancel, the chunk is summed again, shifted by its mean;
 // and where squares overflow float, once more in float64. Equal values come out with a variance of exactly zero.
 //
-// NCHW: x[n][c][l]; a chunk is part of a plane, or some small planes. NHWC: x[row][c]; a chunk is some rows of a few
-// registers of channels. Without a split, one task gathers and applies a channel (NCHW) or a block of channels (NHWC).
-// With one, pieces of all channels are gathered apart, then merged, then applied: three rounds of tasks.
+// NCHW: x[n][c][l]; a chunk is part of a plane, or some small planes. One task gathers a channel and applies it while its
+// values are still in the cache. NHWC, and NCHW with few channels: x[row][c]; a chunk is some rows of all channels.
+// Pieces of the values are gathered apart, then merged, then applied: three rounds of tasks.
 #include "isa.h"
 
 namespace fastconv::cpu {
 namespace {
 
 constexpr int64_t chunk_elements = 4096;      // NCHW
-constexpr int64_t chunk_rows = 128;           // NHWC
-constexpr int64_t block_channels = 64;        // NHWC: channels of a task; plan/batch_norm.cpp counts with it
+constexpr int64_t chunk_rows = 512;           // NHWC
+constexpr int64_t block_channels = 256;       // NHWC: whose sums stay in the first-level cache
+constexpr int64_t finish_channels = 64;       // of a task that merges pieces
 constexpr int64_t eval_elements = 1 << 17;    // of a task in evaluation, where each task derives its coefficients
-constexpr int64_t eval_channels = 256;
 constexpr int samples = 8;                    // for the shift of a chunk; a power of two, so that equal values add exactly
 constexpr double worst_cancellation = 0.25;   // of s2 must be left
 
@@ -119,12 +119,6 @@ Backward<S> finish(const Gradients<S>& g, int64_t c, double sum_dy, double sum_d
   return {S(scale), S(-scale * dweight / count), S(-scale * sum_dy / count)};
 }
 
-// The first n elements, the rest filled up.
-template <typename T>
-FASTCONV_INLINE vec_t<T> load_some(const T* p, int64_t n, vec_t<T> fill) {
-  for (int64_t i = 0; i < n; ++i) fill[i] = to_acc(p[i]);
-  return fill;
-}
 template <typename T>
 FASTCONV_INLINE double sum_of(vec_t<T> v) {
   double sum = 0;
@@ -158,6 +152,7 @@ Sums chunk_sums(const T* x, int64_t stride, const Chunk& chunk, acc_t<T> shift) 
   constexpr int unroll = 4;
   const vec_t<T> center = broadcast<T>(shift);
   vec_t<T> s1[unroll] = {}, s2[unroll] = {};
+  acc_t<T> rest1 = 0, rest2 = 0;
   const auto add = [&](int k, vec_t<T> v) {
     v -= center;
     s1[k] += v;
@@ -169,9 +164,13 @@ Sums chunk_sums(const T* x, int64_t stride, const Chunk& chunk, acc_t<T> shift) 
     for (; l + unroll * lanes<T> <= chunk.l_end; l += unroll * lanes<T>)
       for (int k = 0; k < unroll; ++k) add(k, load(row + l + k * lanes<T>));
     for (; l + lanes<T> <= chunk.l_end; l += lanes<T>) add(0, load(row + l));
-    if (l < chunk.l_end) add(1, load_some(row + l, chunk.l_end - l, center));
+    for (; l < chunk.l_end; ++l) {
+      const acc_t<T> v = to_acc(row[l]) - shift;
+      rest1 += v;
+      rest2 += v * v;
+    }
   }
-  return {sum_of<T>((s1[0] + s1[1]) + (s1[2] + s1[3])), sum_of<T>((s2[0] + s2[1]) + (s2[2] + s2[3]))};
+  return {sum_of<T>((s1[0] + s1[1]) + (s1[2] + s1[3])) + rest1, sum_of<T>((s2[0] + s2[1]) + (s2[2] + s2[3])) + rest2};
 }
 
 template <typename T>
@@ -219,6 +218,7 @@ void add_gradient_sums(Sums& sums, const T* dy, const T* x, int64_t stride, cons
   constexpr int unroll = 4;
   const vec_t<T> center = broadcast<T>(mean);
   vec_t<T> s1[unroll] = {}, s2[unroll] = {};
+  acc_t<T> rest1 = 0, rest2 = 0;
   const auto add = [&](int k, vec_t<T> g, vec_t<T> v) {
     s1[k] += g;
     s2[k] += g * (v - center);
@@ -229,10 +229,13 @@ void add_gradient_sums(Sums& sums, const T* dy, const T* x, int64_t stride, cons
     for (; l + unroll * lanes<T> <= chunk.l_end; l += unroll * lanes<T>)
       for (int k = 0; k < unroll; ++k) add(k, load(g + l + k * lanes<T>), load(v + l + k * lanes<T>));
     for (; l + lanes<T> <= chunk.l_end; l += lanes<T>) add(0, load(g + l), load(v + l));
-    if (const int64_t rest = chunk.l_end - l) add(1, load_some(g + l, rest, vec_t<T>{}), load_some(v + l, rest, center));
+    for (; l < chunk.l_end; ++l) {
+      rest1 += to_acc(g[l]);
+      rest2 += to_acc(g[l]) * (to_acc(v[l]) - mean);
+    }
   }
-  sums.s1 += sum_of<T>((s1[0] + s1[1]) + (s1[2] + s1[3]));
-  sums.s2 += sum_of<T>((s2[0] + s2[1]) + (s2[2] + s2[3]));
+  sums.s1 += sum_of<T>((s1[0] + s1[1]) + (s1[2] + s1[3])) + rest1;
+  sums.s2 += sum_of<T>((s2[0] + s2[1]) + (s2[2] + s2[3])) + rest2;
 }
 
 template <typename T>
@@ -251,60 +254,65 @@ void apply_gradient(const T* dy, const T* x, T* dx, int64_t stride, const Chunk&
 
 // ---- NHWC ----
 
-// Rows of a few channels: element (row, channel) is at [row·stride + channel].
-template <int n>
-struct Registers {
-  static constexpr int count = n;
-};
-// Calls f(registers, c, n) for channels c … c+n of [0, channels); n is what `registers` hold, but less at the very end.
-template <typename T, typename F>
-FASTCONV_INLINE void for_each_register_block(int64_t channels, const F& f) {
-  int64_t c = 0;
-  for (; c + 4 * lanes<T> <= channels; c += 4 * lanes<T>) f(Registers<4>{}, c, 4 * lanes<T>);
-  for (; c < channels; c += lanes<T>) f(Registers<1>{}, c, min_of<int64_t>(lanes<T>, channels - c));
-}
+// Element (row, channel) is at [row·stride + channel]. Rows are taken four at a time, so that a channel's sums and
+// coefficients are loaded once for four values.
 
-// s1, s2 = Σ (x − shift), Σ (x − shift)² over the rows, for `registers` vectors of channels.
-template <int registers, typename T>
-FASTCONV_INLINE void row_sums(const T* x, int64_t stride, int64_t rows, int64_t n, const acc_t<T>* shift, acc_t<T>* s1,
-                              acc_t<T>* s2) {
-  constexpr int V = lanes<T>;
-  vec_t<T> center[registers], sum[registers] = {}, squares[registers] = {};
-  for (int k = 0; k < registers; ++k) center[k] = load(shift + k * V);
-  if (registers == 1 && n < V) {
-    for (int64_t row = 0; row < rows; ++row) {
-      const vec_t<T> v = load_some(x + row * stride, n, center[0]) - center[0];
-      sum[0] += v;
-      squares[0] += v * v;
+// s1, s2 = Σ (x − shift), Σ (x − shift)² of each channel.
+template <typename T>
+void row_sums(const T* x, int64_t stride, int64_t rows, int64_t channels, const acc_t<T>* shift, acc_t<T>* s1,
+              acc_t<T>* s2) {
+  for (int64_t c = 0; c < channels; ++c) s1[c] = s2[c] = 0;
+  int64_t row = 0;
+  for (; row + 4 <= rows; row += 4, x += 4 * stride) {
+    int64_t c = 0;
+    for (; c + lanes<T> <= channels; c += lanes<T>) {
+      const vec_t<T> center = load(shift + c), a = load(x + c) - center, b = load(x + stride + c) - center;
+      const vec_t<T> d = load(x + 2 * stride + c) - center, e = load(x + 3 * stride + c) - center;
+      store(s1 + c, load(s1 + c) + ((a + b) + (d + e)));
+      store(s2 + c, load(s2 + c) + ((a * a + b * b) + (d * d + e * e)));
     }
-  } else {
-    for (int64_t row = 0; row < rows; ++row)
-      for (int k = 0; k < registers; ++k) {
-        const vec_t<T> v = load(x + row * stride + k * V) - center[k];
-        sum[k] += v;
-        squares[k] += v * v;
+    for (; c < channels; ++c)
+      for (int64_t k = 0; k < 4; ++k) {
+        const acc_t<T> v = to_acc(x[k * stride + c]) - shift[c];
+        s1[c] += v;
+        s2[c] += v * v;
       }
   }
-  for (int k = 0; k < registers; ++k) {
-    store(s1 + k * V, sum[k]);
-    store(s2 + k * V, squares[k]);
+  for (; row < rows; ++row, x += stride)
+    for (int64_t c = 0; c < channels; ++c) {
+      const acc_t<T> v = to_acc(x[c]) - shift[c];
+      s1[c] += v;
+      s2[c] += v * v;
+    }
+}
+
+// The mean and m2 of one channel, in float64.
+template <typename T>
+Moments exact_moments(const T* x, int64_t stride, int64_t rows) {
+  double sum = 0, m2 = 0;
+  for (int64_t row = 0; row < rows; ++row) sum += to_acc(x[row * stride]);
+  const double mean = sum / rows;
+  for (int64_t row = 0; row < rows; ++row) {
+    const double d = to_acc(x[row * stride]) - mean;
+    m2 += d * d;
   }
+  return {double(rows), mean, m2};
 }
 
 // The mean and m2 of `rows` rows of `channels` channels.
 template <typename T>
 void row_moments(const T* x, int64_t stride, int64_t rows, int64_t channels, double* mean, double* m2) {
-  for (int64_t begin = 0; begin < rows; begin += chunk_rows) {
-    const int64_t chunk = min_of(chunk_rows, rows - begin);
-    for_each_register_block<T>(channels, [&](auto registers, int64_t c, int64_t n) {
-      constexpr int count = decltype(registers)::count, width = count * lanes<T>;
-      acc_t<T> shift[width] = {}, s1[width], s2[width];
-      const T* block = x + begin * stride + c;
+  for (int64_t c = 0; c < channels; ++c) mean[c] = m2[c] = 0;
+  for (int64_t begin = 0; begin < rows; begin += chunk_rows)
+    for (int64_t first = 0; first < channels; first += block_channels) {
+      const int64_t chunk = min_of(chunk_rows, rows - begin), n = min_of(block_channels, channels - first);
+      const T* block = x + begin * stride + first;
+      acc_t<T> shift[block_channels], s1[block_channels], s2[block_channels];
       const auto sums_are_sound = [&] {
-        row_sums<count>(block, stride, chunk, n, shift, s1, s2);
-        bool sound = true;
-        for (int64_t i = 0; i < n; ++i) sound &= is_sound(s1[i], s2[i], chunk);
-        return sound;
+        row_sums(block, stride, chunk, n, shift, s1, s2);
+        int unsound = 0;
+        for (int64_t i = 0; i < n; ++i) unsound |= !is_sound(s1[i], s2[i], chunk);
+        return unsound == 0;
       };
       for (int64_t i = 0; i < n; ++i) {
         acc_t<T> sample[samples];
@@ -317,62 +325,66 @@ void row_moments(const T* x, int64_t stride, int64_t rows, int64_t channels, dou
           if (!is_sound(s1[i], s2[i], chunk)) shift[i] = acc_t<T>(shift[i] + double(s1[i]) / chunk);
         sound = sums_are_sound();
       }
-      const double share = double(chunk) / (begin + chunk), weight = share * begin;
-      for (int64_t i = 0; i < n; ++i) {
-        double chunk_mean = shift[i] + double(s1[i]) / chunk, chunk_m2 = m2_of(s1[i], s2[i], chunk);
-        if (!sound && !is_sound(s1[i], s2[i], chunk)) {
-          double sum = 0;
-          for (int64_t row = 0; row < chunk; ++row) sum += to_acc(block[row * stride + i]);
-          chunk_mean = sum / chunk;
-          chunk_m2 = 0;
-          for (int64_t row = 0; row < chunk; ++row) {
-            const double d = to_acc(block[row * stride + i]) - chunk_mean;
-            chunk_m2 += d * d;
-          }
-        }
-        const double before = begin ? mean[c + i] : 0, m2_before = begin ? m2[c + i] : 0;
-        const double delta = chunk_mean - before;
-        mean[c + i] = before + delta * share;
-        m2[c + i] = m2_before + chunk_m2 + delta * delta * weight;
+      const double inverse = 1.0 / chunk, share = double(chunk) / (begin + chunk), weight = share * begin;
+      for (int64_t i = 0; i < n; ++i) {  // merge() with the same counts for all
+        const double d1 = s1[i], chunk_mean = shift[i] + d1 * inverse, rest = s2[i] - d1 * d1 * inverse;
+        const double delta = chunk_mean - mean[first + i];
+        mean[first + i] += delta * share;
+        m2[first + i] += (rest < 0 ? 0 : rest) + delta * delta * weight;
       }
-    });
-  }
+      if (sound) continue;
+      for (int64_t i = 0; i < n; ++i)
+        if (!is_sound(s1[i], s2[i], chunk)) {  // that merge was in vain: all rows so far once more
+          const Moments exact = exact_moments(x + first + i, stride, begin + chunk);
+          mean[first + i] = exact.mean;
+          m2[first + i] = exact.m2;
+        }
+    }
 }
 
 // sum_dy = Σ dy, sum_dyx = Σ dy·(x − mean) of `rows` rows of `channels` channels.
 template <typename T>
 void row_gradient_sums(const T* dy, const T* x, int64_t stride, int64_t rows, int64_t channels, const acc_t<T>* mean,
                        double* sum_dy, double* sum_dyx) {
-  for (int64_t i = 0; i < channels; ++i) sum_dy[i] = sum_dyx[i] = 0;
-  for (int64_t begin = 0; begin < rows; begin += chunk_rows) {
-    const int64_t end = min_of(begin + chunk_rows, rows);
-    for_each_register_block<T>(channels, [&](auto registers, int64_t c, int64_t n) {
-      constexpr int count = decltype(registers)::count, V = lanes<T>;
-      vec_t<T> center[count], s1[count] = {}, s2[count] = {};
-      if (n < V) {
-        center[0] = load_some(mean + c, n, vec_t<T>{});
-        for (int64_t row = begin; row < end; ++row) {
-          const vec_t<T> g = load_some(dy + row * stride + c, n, vec_t<T>{});
-          s1[0] += g;
-          s2[0] += g * (load_some(x + row * stride + c, n, center[0]) - center[0]);
+  for (int64_t c = 0; c < channels; ++c) sum_dy[c] = sum_dyx[c] = 0;
+  for (int64_t begin = 0; begin < rows; begin += chunk_rows)
+    for (int64_t first = 0; first < channels; first += block_channels) {
+      const int64_t end = min_of(begin + chunk_rows, rows), n = min_of(block_channels, channels - first);
+      const acc_t<T>* center = mean + first;
+      acc_t<T> s1[block_channels] = {}, s2[block_channels] = {};
+      int64_t row = begin;
+      for (; row + 4 <= end; row += 4) {
+        const T *g = dy + row * stride + first, *v = x + row * stride + first;
+        int64_t c = 0;
+        for (; c + lanes<T> <= n; c += lanes<T>) {
+          const vec_t<T> m = load(center + c), g0 = load(g + c), g1 = load(g + stride + c);
+          const vec_t<T> g2 = load(g + 2 * stride + c), g3 = load(g + 3 * stride + c);
+          store(s1 + c, load(s1 + c) + ((g0 + g1) + (g2 + g3)));
+          const vec_t<T> low = g0 * (load(v + c) - m) + g1 * (load(v + stride + c) - m);
+          const vec_t<T> high = g2 * (load(v + 2 * stride + c) - m) + g3 * (load(v + 3 * stride + c) - m);
+          store(s2 + c, load(s2 + c) + (low + high));
         }
-      } else {
-        for (int k = 0; k < count; ++k) center[k] = load(mean + c + k * V);
-        for (int64_t row = begin; row < end; ++row)
-          for (int k = 0; k < count; ++k) {
-            const vec_t<T> g = load(dy + row * stride + c + k * V);
-            s1[k] += g;
-            s2[k] += g * (load(x + row * stride + c + k * V) - center[k]);
+        for (; c < n; ++c)
+          for (int64_t k = 0; k < 4; ++k) {
+            s1[c] += to_acc(g[k * stride + c]);
+            s2[c] += to_acc(g[k * stride + c]) * (to_acc(v[k * stride + c]) - center[c]);
           }
       }
-      for (int64_t i = 0; i < n; ++i) {
-        sum_dy[c + i] += s1[i / V][i % V];
-        sum_dyx[c + i] += s2[i / V][i % V];
+      for (; row < end; ++row)
+        for (int64_t c = 0; c < n; ++c) {
+          const acc_t<T> g = to_acc(dy[row * stride + first + c]);
+          s1[c] += g;
+          s2[c] += g * (to_acc(x[row * stride + first + c]) - center[c]);
+        }
+      for (int64_t c = 0; c < n; ++c) {
+        sum_dy[first + c] += s1[c];
+        sum_dyx[first + c] += s2[c];
       }
-    });
-  }
+    }
 }
 
+// y = (x − center)·scale + shift. Row after row: several at a time would use the same few cache sets where the stride is
+// a power of two.
 template <typename T>
 void apply_rows(const T* x, T* y, int64_t stride, int64_t rows, int64_t channels, const acc_t<T>* center,
                 const acc_t<T>* scale, const acc_t<T>* shift) {
@@ -459,47 +471,6 @@ void backward_nchw(const BatchNormProblem& p, const T* dy, const T* x, T* dx, co
   });
 }
 
-// One task a block of channels, which takes all of their rows.
-template <typename T>
-void train_nhwc(const BatchNormProblem& p, const T* x, T* y, const Channels<acc_t<T>>& channels, const Parallel& parallel) {
-  for_each_task(parallel, ceil_div(p.C, block_channels), [&](int, int64_t task) {
-    const int64_t first = task * block_channels, n = min_of(block_channels, p.C - first);
-    double mean[block_channels], m2[block_channels];
-    acc_t<T> center[block_channels], scale[block_channels], shift[block_channels];
-    row_moments(x + first, p.C, p.count(), n, mean, m2);
-    for (int64_t i = 0; i < n; ++i) {
-      const Affine<acc_t<T>> a = finish(channels, first + i, Moments{double(p.count()), mean[i], m2[i]});
-      center[i] = a.center;
-      scale[i] = a.scale;
-      shift[i] = a.shift;
-    }
-    apply_rows(x + first, y + first, p.C, p.count(), n, center, scale, shift);
-  });
-}
-
-template <typename T>
-void backward_nhwc(const BatchNormProblem& p, const T* dy, const T* x, T* dx, const Gradients<acc_t<T>>& g,
-                   const Parallel& parallel) {
-  for_each_task(parallel, ceil_div(p.C, block_channels), [&](int, int64_t task) {
-    const int64_t first = task * block_channels, n = min_of(block_channels, p.C - first), rows = p.count();
-    double sum_dy[block_channels], sum_dyx[block_channels];
-    acc_t<T> dy_scale[block_channels], x_scale[block_channels], shift[block_channels];
-    row_gradient_sums(dy + first, x + first, p.C, rows, n, g.mean + first, sum_dy, sum_dyx);
-    for (int64_t i = 0; i < n; ++i) {
-      const Backward<acc_t<T>> b = finish(g, first + i, sum_dy[i], sum_dyx[i], rows);
-      dy_scale[i] = b.dy_scale;
-      x_scale[i] = b.x_scale;
-      shift[i] = b.shift;
-    }
-    if (!dx) return;
-    if (g.training)
-      apply_gradient_rows(dy + first, x + first, dx + first, p.C, rows, n, g.mean + first, g.invstd + first, dy_scale,
-                          x_scale, shift);
-    else
-      apply_rows(dy + first, dx + first, p.C, rows, n, shift, dy_scale, shift);  // shift is zero
-  });
-}
-
 // The pieces that a split cuts each channel into: of the rows in NHWC, where a task has all channels, and of the chunks
 // in NCHW, where it has one.
 struct Pieces {
@@ -549,9 +520,9 @@ void train_split(const BatchNormProblem& p, const BatchNormPlan& plan, const T* 
         workspace.first(s)[c] = moments.mean;
         workspace.second(s)[c] = moments.m2;
       });
-  for_each_task(parallel, ceil_div(C, block_channels), [&](int, int64_t task) {
-    const int64_t begin = task * block_channels, n = min_of(block_channels, C - begin);
-    Moments moments[block_channels] = {};
+  for_each_task(parallel, ceil_div(C, finish_channels), [&](int, int64_t task) {
+    const int64_t begin = task * finish_channels, n = min_of(finish_channels, C - begin);
+    Moments moments[finish_channels] = {};
     for (int64_t s = 0; s < plan.split; ++s)
       if (const double count = double(pieces.count(s)))
         for (int64_t i = 0; i < n; ++i)
@@ -593,9 +564,9 @@ void backward_split(const BatchNormProblem& p, const BatchNormPlan& plan, const 
         workspace.first(s)[c] = sums.s1;
         workspace.second(s)[c] = sums.s2;
       });
-  for_each_task(parallel, ceil_div(C, block_channels), [&](int, int64_t task) {
-    const int64_t begin = task * block_channels, n = min_of(block_channels, C - begin);
-    Sums sums[block_channels] = {};
+  for_each_task(parallel, ceil_div(C, finish_channels), [&](int, int64_t task) {
+    const int64_t begin = task * finish_channels, n = min_of(finish_channels, C - begin);
+    Sums sums[finish_channels] = {};
     for (int64_t s = 0; s < plan.split; ++s)
       for (int64_t i = 0; i < n; ++i) {
         sums[i].s1 += workspace.first(s)[begin + i];
@@ -647,12 +618,12 @@ void eval_nchw(const BatchNormProblem& p, const T* x, T* y, const Parameters<acc
 template <typename T>
 void eval_nhwc(const BatchNormProblem& p, const T* x, T* y, const Parameters<acc_t<T>>& parameters,
                const Parallel& parallel) {
-  const int64_t C = p.C, blocks = ceil_div(C, eval_channels);
-  const int64_t rows_per_task = ceil_div(eval_elements, min_of(C, eval_channels));
+  const int64_t C = p.C, blocks = ceil_div(C, block_channels);
+  const int64_t rows_per_task = ceil_div(eval_elements, min_of(C, block_channels));
   for_each_task(parallel, ceil_div(p.count(), rows_per_task) * blocks, [&](int, int64_t task) {
-    const int64_t first = task % blocks * eval_channels, n = min_of(eval_channels, C - first);
+    const int64_t first = task % blocks * block_channels, n = min_of(block_channels, C - first);
     const int64_t row = task / blocks * rows_per_task, rows = min_of(rows_per_task, p.count() - row);
-    acc_t<T> center[eval_channels], scale[eval_channels], shift[eval_channels];
+    acc_t<T> center[block_channels], scale[block_channels], shift[block_channels];
     for (int64_t i = 0; i < n; ++i) {
       const Affine<acc_t<T>> a = affine_of(parameters, first + i);
       center[i] = a.center;
@@ -684,8 +655,7 @@ void train(const BatchNormProblem& p, const BatchNormPlan& plan, const void* x, 
                                       out<T>(mean),  out<T>(invstd), momentum,          eps};
     const T* x_t = static_cast<const T*>(x);
     T* y_t = static_cast<T*>(y);
-    if (plan.split > 1) return train_split(p, plan, x_t, y_t, channels, workspace, parallel);
-    if (is_nhwc(p)) return train_nhwc(p, x_t, y_t, channels, parallel);
+    if (is_nhwc(p) || plan.split > 1) return train_split(p, plan, x_t, y_t, channels, workspace, parallel);
     train_nchw(p, x_t, y_t, channels, parallel);
   });
 }
@@ -710,8 +680,7 @@ void backward(const BatchNormProblem& p, const BatchNormPlan& plan, const void* 
     const Gradients<acc_t<T>> g{in<T>(weight), in<T>(mean), in<T>(invstd), training, out<T>(dweight), out<T>(dbias)};
     const T *dy_t = static_cast<const T*>(dy), *x_t = static_cast<const T*>(x);
     T* dx_t = static_cast<T*>(dx);
-    if (plan.split > 1) return backward_split(p, plan, dy_t, x_t, dx_t, g, workspace, parallel);
-    if (is_nhwc(p)) return backward_nhwc(p, dy_t, x_t, dx_t, g, parallel);
+    if (is_nhwc(p) || plan.split > 1) return backward_split(p, plan, dy_t, x_t, dx_t, g, workspace, parallel);
     backward_nchw(p, dy_t, x_t, dx_t, g, parallel);
   });
 }

@@ -69,25 +69,41 @@ inline int64_t produced_channels(const Conv2dProblem& p, Direction direction) {
   return direction == Direction::dgrad ? p.channels_per_group() : p.filters_per_group();
 }
 
+// Whether the vectors of a product run along pixels rather than channels. NCHW: always. NHWC: where a group has too few
+// channels to fill vectors, or patches consist of pieces too short to be copied by vectors.
+inline bool along_pixels(const Conv2dProblem& p, Direction direction) {
+  if (p.layout == Layout::NCHW) return true;
+  const bool joined = p.groups == 1 && p.dilation_w == 1 && direction != Direction::dgrad;
+  const int64_t piece = contracted_channels(p, direction) * (joined ? p.S : 1);
+  return piece < 8 || produced_channels(p, direction) <= 16;
+}
+
+// Whether the product reads the staged planes directly, row by row, instead of packing patches: no copies, but the last
+// panel of every row is partly idle. Packing costs about as much as five rows of C.
+inline bool reads_stage(int64_t taps, int64_t produced, int64_t row) {
+  return taps > 1 && produced * (pieces_of(row, 16) * 16 - row) <= 5 * row;
+}
+
 // One thread's scratch, as offsets in elements; the taps' offsets (int64) come first.
 struct Scratch {
   int64_t stage, a, b, c, end;
 };
 
-// fprop and dgrad. NCHW: rows of C are channels, columns are pixels (tile_n = pixels). NHWC: the other way round
-// (tile_m = pixels).
+// fprop and dgrad. Along pixels, rows of C are channels and columns are pixels (tile_n = pixels); along channels, it is
+// the other way round (tile_m = pixels).
 inline Scratch gather_scratch(const Conv2dProblem& p, const Conv2dPlan& plan) {
   const Phases phases = phases_of(p, plan.direction);
   const Axis &rows = phases.largest_rows, &cols = phases.largest_cols;
   Scratch s{};
   s.stage = 2 * rows.taps * cols.taps + slack;  // an int64 takes two floats
-  if (p.layout == Layout::NCHW) {
+  if (along_pixels(p, plan.direction)) {
     const PixelBlock block = pixel_block(p.N, rows.outputs, cols.outputs, plan.tile_n);
     const DepthBlock depth = depth_block(contracted_channels(p, plan.direction), rows.taps * cols.taps, plan.tile_k);
+    const int64_t c_row = block.n * block.i * whole_panels(block.j);
     s.a = s.stage + block.n * depth.channels * stage_elements(rows, cols, block) + slack;
-    s.b = s.a;
+    s.b = s.a + (plan.tile_m + slack) * (depth.depth() + slack);
     s.c = s.b + whole_panels(block.pixels()) * depth.depth() + slack;
-    s.end = s.c + plan.tile_m * whole_panels(block.pixels()) + slack;
+    s.end = s.c + plan.tile_m * c_row + slack;
   } else {
     s.a = s.stage;
     s.b = s.a + plan.tile_m * (plan.tile_k + slack) + slack;
@@ -97,12 +113,12 @@ inline Scratch gather_scratch(const Conv2dProblem& p, const Conv2dPlan& plan) {
   return s;
 }
 
-// wgrad. NCHW: rows of C are patch elements (c, r, s), columns are filters. NHWC: rows are filters, columns are patch
-// elements (r, s, c). tile_k = pixels.
+// wgrad. Along pixels, rows of C are patch elements (c, r, s) and columns are filters; along channels, rows are filters
+// and columns are patch elements (r, s, c). tile_k = pixels.
 inline Scratch wgrad_scratch(const Conv2dProblem& p, const Conv2dPlan& plan) {
   Scratch s{};
   s.stage = 2 * p.R * p.S + slack;
-  if (p.layout == Layout::NCHW) {
+  if (along_pixels(p, plan.direction)) {
     const PixelBlock block = pixel_block(p.N, p.P, p.Q, plan.tile_k);
     const DepthBlock patch = depth_block(p.channels_per_group(), p.R * p.S, plan.tile_m);
     s.a = s.stage + block.n * patch.channels * stage_elements(fprop_rows(p), fprop_cols(p), block) + slack;
@@ -112,7 +128,7 @@ inline Scratch wgrad_scratch(const Conv2dProblem& p, const Conv2dPlan& plan) {
   } else {
     s.a = s.stage;
     s.b = s.a + plan.tile_k * plan.tile_m + slack;
-    s.c = s.b + whole_panels(plan.tile_n) * plan.tile_k + slack;
+    s.c = s.b + whole_panels(plan.tile_n) * (plan.tile_k + 1) + slack;
     s.end = s.c + plan.tile_m * (whole_panels(plan.tile_n) + slack) + slack;
   }
   return s;

@@ -6,6 +6,8 @@
 // 12 independent chains of multiply-adds, enough to hide their latency, for 2 vector loads and 6 broadcasts.
 #pragma once
 
+#include <type_traits>
+
 #include "isa.h"
 
 namespace fastconv::cpu {
@@ -14,6 +16,14 @@ namespace {
 constexpr int tile_rows = 6;
 template <typename E>
 constexpr int panel_cols = 2 * lanes<E>;
+
+template <typename E, int Rows>
+FASTCONV_INLINE void store_tile(vec_t<E> (&sums)[Rows][2], E* c, int64_t c_row, bool add) {
+  for (int i = 0; i < Rows; ++i, c += c_row) {
+    store(c, add ? load(c) + sums[i][0] : sums[i][0]);
+    store(c + lanes<E>, add ? load(c + lanes<E>) + sums[i][1] : sums[i][1]);
+  }
+}
 
 template <typename E, int Rows>
 void multiply_tile(int64_t depth, const E* a, int64_t a_row, int64_t a_col, const E* b, E* c, int64_t c_row, bool add) {
@@ -28,27 +38,42 @@ void multiply_tile(int64_t depth, const E* a, int64_t a_row, int64_t a_col, cons
       sums[i][1] += value * right;
     }
   }
-  for (int i = 0; i < Rows; ++i, c += c_row) {
-    store(c, add ? load(c) + sums[i][0] : sums[i][0]);
-    store(c + lanes<E>, add ? load(c + lanes<E>) + sums[i][1] : sums[i][1]);
-  }
+  store_tile<E, Rows>(sums, c, c_row, add);
 }
 
-// One panel of B against all rows of A, in tiles of nearly equal height.
-template <typename E>
-void multiply_panel(int64_t rows, int64_t depth, const E* a, int64_t a_row, int64_t a_col, const E* b, E* c,
-                    int64_t c_row, bool add) {
+// The same with rows of B that lie anywhere: row (channel, tap) at b + channel·channel_pitch + offsets[tap].
+template <typename E, int Rows>
+void multiply_window_tile(int64_t channels, int64_t channel_pitch, int64_t taps, const int64_t* offsets, const E* a,
+                          int64_t a_row, int64_t a_col, const E* b, E* c, int64_t c_row, bool add) {
+  const E* rows[Rows];
+  for (int i = 0; i < Rows; ++i) rows[i] = a + i * a_row;
+  vec_t<E> sums[Rows][2] = {};
+  for (int64_t channel = 0, at = 0; channel < channels; ++channel, b += channel_pitch) {
+    for (int64_t tap = 0; tap < taps; ++tap, at += a_col) {
+      const vec_t<E> left = load(b + offsets[tap]), right = load(b + offsets[tap] + lanes<E>);
+      for (int i = 0; i < Rows; ++i) {
+        const vec_t<E> value = broadcast<E>(rows[i][at]);
+        sums[i][0] += value * left;
+        sums[i][1] += value * right;
+      }
+    }
+  }
+  store_tile<E, Rows>(sums, c, c_row, add);
+}
+
+// Calls tile(first row, integral_constant of its height) for tiles of nearly equal height.
+template <typename Tile>
+FASTCONV_INLINE void for_row_tiles(int64_t rows, const Tile& tile) {
   const int64_t tiles = ceil_div(rows, tile_rows);
-  for (int64_t tile = 0; tile < tiles; ++tile) {
-    const int64_t i = tile * rows / tiles;
-    const auto with = [&](auto multiply) { multiply(depth, a + i * a_row, a_row, a_col, b, c + i * c_row, c_row, add); };
-    switch ((tile + 1) * rows / tiles - i) {
-      case 1: with(multiply_tile<E, 1>); break;
-      case 2: with(multiply_tile<E, 2>); break;
-      case 3: with(multiply_tile<E, 3>); break;
-      case 4: with(multiply_tile<E, 4>); break;
-      case 5: with(multiply_tile<E, 5>); break;
-      case 6: with(multiply_tile<E, 6>); break;
+  for (int64_t index = 0; index < tiles; ++index) {
+    const int64_t i = index * rows / tiles;
+    switch ((index + 1) * rows / tiles - i) {
+      case 1: tile(i, std::integral_constant<int, 1>()); break;
+      case 2: tile(i, std::integral_constant<int, 2>()); break;
+      case 3: tile(i, std::integral_constant<int, 3>()); break;
+      case 4: tile(i, std::integral_constant<int, 4>()); break;
+      case 5: tile(i, std::integral_constant<int, 5>()); break;
+      case 6: tile(i, std::integral_constant<int, 6>()); break;
     }
   }
 }
@@ -57,8 +82,10 @@ void multiply_panel(int64_t rows, int64_t depth, const E* a, int64_t a_row, int6
 template <typename E>
 void multiply_block(int64_t rows, int64_t panels, int64_t depth, const E* a, int64_t a_row, int64_t a_col, const E* b,
                     int64_t b_panel, E* c, int64_t c_row, bool add) {
-  for (int64_t panel = 0; panel < panels; ++panel)
-    multiply_panel(rows, depth, a, a_row, a_col, b + panel * b_panel, c + panel * panel_cols<E>, c_row, add);
+  for (int64_t panel = 0; panel < panels; ++panel, b += b_panel, c += panel_cols<E>)
+    for_row_tiles(rows, [&](int64_t i, auto height) {
+      multiply_tile<E, height.value>(depth, a + i * a_row, a_row, a_col, b, c + i * c_row, c_row, add);
+    });
 }
 
 }  // namespace

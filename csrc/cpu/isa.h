@@ -191,6 +191,38 @@ FASTCONV_INLINE vec_t<T> broadcast(acc_t<T> value) {
   return value - vec_t<T>{};  // exact for −0 too, so the compiler emits the broadcast alone
 }
 
+// The first `count` ≤ lanes elements at p, and zeros.
+template <typename T>
+FASTCONV_INLINE vec_t<T> load_first(const T* p, int64_t count) {
+  vec_t<T> v{};
+  for (int i = 0; i < lanes<T>; ++i)
+    if (i < count) v[i] = to_acc(p[i]);
+  return v;
+}
+template <typename T>
+FASTCONV_INLINE void store_first(T* p, vec_t<T> v, int64_t count) {
+  for (int i = 0; i < lanes<T>; ++i)
+    if (i < count) p[i] = from_acc<T>(v[i]);
+}
+#if defined(__AVX512F__)
+FASTCONV_INLINE vec_t<float> load_first(const float* p, int64_t count) {
+  return (vec_t<float>)_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), p);
+}
+FASTCONV_INLINE void store_first(float* p, vec_t<float> v, int64_t count) {
+  _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1), (__m512)v);
+}
+#elif defined(__AVX2__)
+FASTCONV_INLINE __m256i first_lanes_mask(int64_t count) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(int(count)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+FASTCONV_INLINE vec_t<float> load_first(const float* p, int64_t count) {
+  return (vec_t<float>)_mm256_maskload_ps(p, first_lanes_mask(count));
+}
+FASTCONV_INLINE void store_first(float* p, vec_t<float> v, int64_t count) {
+  _mm256_maskstore_ps(p, first_lanes_mask(count), (__m256)v);
+}
+#endif
+
 // Distributes tasks 0 … tasks−1 over the workers: task(worker, index). Which worker takes a task is left to chance, so
 // a task must write its own outputs only, and compute them in an order of its own: then the bits do not depend on it.
 template <typename Task>

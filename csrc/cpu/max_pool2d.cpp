@@ -183,13 +183,18 @@ FASTCONV_INLINE void forward_row(const MaxPool2dProblem& p, const T* plane, int6
   const T* corner = plane + (h + rows.begin * dilation_h) * W - p.pad_w;  // of window 0, without the rows above x
   const int64_t span = (rows.end - rows.begin - 1) * dilation_h * W + (S - 1) * dilation_w +
                        elements_read<stride>(lanes<T>, step);
+  // Rows are short, and the processor does not foresee that the next ones follow.
+  const int64_t prefetched = taps ? p.stride_h : 0;
   const auto run = [&](int64_t row_count) __attribute__((always_inline)) {
     for (; q < inner_end && corner + q * step - plane + span <= available && q - begin + lanes<T> <= room;
          q += lanes<T>) {
       const T* first = corner + q * step;
+      for (int64_t r = 0; r < min_of(row_count, prefetched); ++r) __builtin_prefetch(first + (row_count + r) * W);
       const Best<T> best = scan<T>(row_count, S, rows.begin * S, S,
                                    [=](int64_t r, int64_t s) __attribute__((always_inline)) {
-                                     return load_strided<stride>(first + r * dilation_h * W + s * dilation_w, step);
+                                     const T* row = first + r * dilation_h * W;
+                                     return taps ? load_tap<stride>(row, s, step)
+                                                 : load_strided<stride>(row + s * dilation_w, step);
                                    });
       store(y + q - begin, stride == 2 ? in_order(best.value) : best.value);
       if constexpr (is_kept<Offset>)
@@ -284,6 +289,7 @@ void forward_as(const MaxPool2dProblem& p, const T* x, T* y, Offset* offsets, co
       if (plain && p.R == 3) return forward_nchw<2, 3>(p, x, y, offsets, parallel);
       return forward_nchw<2, 0>(p, x, y, offsets, parallel);
     }
+    if (p.stride_w == 1 && plain && p.R == 3) return forward_nchw<1, 3>(p, x, y, offsets, parallel);
     if (p.stride_w == 1) return forward_nchw<1, 0>(p, x, y, offsets, parallel);
   }
   forward_nchw<0, 0>(p, x, y, offsets, parallel);  // windows of more than 256 taps are rarely many
@@ -311,10 +317,11 @@ __attribute__((noinline)) acc_t<T> gradient(const T* dy, const Offset* offsets, 
   return sum;
 }
 
-// `lanes` elements of dx, whose windows lie side by side.
-template <typename T, typename Offset>
+// `lanes` elements of dx, whose windows lie side by side. At an edge, those windows that `Columns` says don't exist are
+// left out.
+template <typename T, typename Offset, typename Columns>
 FASTCONV_INLINE vec_t<T> gradients(const T* dy, const Offset* offsets, const Windows& windows, int64_t rows,
-                                   int64_t cols) {
+                                   int64_t cols, const Columns& exists) {
   vec_t<T> sum{};
   mask_t<T> row_tap = all_taps<T>(windows.tap);
   const mask_t<T> next_row = all_taps<T>(windows.row_tap), next_column = all_taps<T>(windows.column_tap);
@@ -322,101 +329,146 @@ FASTCONV_INLINE vec_t<T> gradients(const T* dy, const Offset* offsets, const Win
     mask_t<T> tap = row_tap;
     for (int64_t b = 0; b < cols; ++b, tap += next_column) {
       const int64_t i = windows.first - a * windows.row_back - b * windows.column_back;
-      sum += (vec_t<T>)((mask_t<T>)load(dy + i) & (load_offsets<T>(offsets + i) == tap));
+      sum += (vec_t<T>)((mask_t<T>)load(dy + i) & (load_offsets<T>(offsets + i) == tap) & exists(b));
     }
   }
   return sum;
 }
-
-// Calls f(rows, cols) with constants where both are 1 or 2, so that the loops over them unroll.
-template <typename Offset, typename F>
-FASTCONV_INLINE void with_counts(int64_t rows, int64_t cols, const F& f) {
-  if (sizeof(Offset) > 1) return f(rows, cols);  // windows of more than 256 taps are not worth the code
-  if (rows == 1 && cols == 1) return f(1, 1);
-  if (rows == 1 && cols == 2) return f(1, 2);
-  if (rows == 2 && cols == 1) return f(2, 1);
-  if (rows == 2 && cols == 2) return f(2, 2);
-  f(rows, cols);
-}
-
-// The j for which `lanes` windows from j on lie inside dy, however many of them belong to other rows.
-struct Range {
-  int64_t begin, end;
+// Says that all columns exist.
+template <typename T>
+struct Everywhere {
+  FASTCONV_INLINE mask_t<T> operator()(int64_t) const { return all_taps<T>(-1); }
 };
-FASTCONV_INLINE Range readable(const Windows& windows, int64_t plane, int64_t y_elements, int64_t lanes) {
-  if (windows.rows == 0 || windows.cols == 0) return {0, y_elements};
-  const int64_t lowest = windows.first - (windows.rows - 1) * windows.row_back - (windows.cols - 1) * windows.column_back;
-  return {-(plane + lowest), y_elements - lanes + 1 - (plane + windows.first)};
+
+// Calls f(rows, a, b) with constants where they are small, so that the loops over windows unroll.
+template <typename Offset, typename F>
+FASTCONV_INLINE void with_counts(int64_t rows, int64_t a, int64_t b, const F& f) {
+  if (sizeof(Offset) > 1) return f(rows, a, b);  // windows of more than 256 taps are not worth the code
+  const int64_t counts = rows << 4 | a << 2 | b;
+  if (max_of(rows, max_of(a, b)) > 3) return f(rows, a, b);
+  switch (counts) {
+    case 1 << 4 | 1 << 2 | 1: return f(1, 1, 1);
+    case 1 << 4 | 1 << 2 | 2: return f(1, 1, 2);
+    case 1 << 4 | 2 << 2 | 1: return f(1, 2, 1);
+    case 1 << 4 | 2 << 2 | 2: return f(1, 2, 2);
+    case 2 << 4 | 1 << 2 | 1: return f(2, 1, 1);
+    case 2 << 4 | 1 << 2 | 2: return f(2, 1, 2);
+    case 2 << 4 | 2 << 2 | 1: return f(2, 2, 1);
+    case 2 << 4 | 2 << 2 | 2: return f(2, 2, 2);
+    default: return f(rows, a, b);
+  }
 }
 
-// The j for which columns phase + j·stride_w may be done as vectors: those whose windows all exist. Without dilation it
-// does not matter if some don't: the vector has windows of the row above or below instead, and there the same tap is
-// Q·stride_w columns to the right or left, outside of x, so that no window took it.
-FASTCONV_INLINE Range valid(const MaxPool2dProblem& p, const Cover& cols) {
+// Columns w = phase + j·stride_w of dx share their taps, and their windows lie side by side. A group of them is one phase,
+// or for stride 2 both, whose elements are then stored alternately.
+struct Group {
+  Cover a, b;
+  int64_t lowest, highest;  // of their windows' columns, for j = 0
+  int64_t begin, end;       // the j for which windows that don't exist need not be left out
+};
+Group group_of(const MaxPool2dProblem& p, const Axis& column, int64_t phase) {
+  Group g;
+  g.a = cover(column, phase);
+  g.b = p.stride_w == 2 ? cover(column, 1) : g.a;
+  g.lowest = min_of(g.a.out - (g.a.count - 1) * g.a.out_step, g.b.out - (g.b.count - 1) * g.b.out_step);
+  g.highest = max_of(g.a.out, g.b.out);
+  // Without dilation it is enough that j < Q. Where a window doesn't exist, the vector has one of the row above or below
+  // instead: there the same tap is Q·stride_w columns to the right or left, outside of x, so that no window took it.
   const bool plain = p.dilation_h == 1 && p.dilation_w == 1;
-  return {plain && p.Q * p.stride_w >= p.W ? 0 : max_of<int64_t>((cols.count - 1) * cols.out_step - cols.out, 0),
-          plain ? p.Q : p.Q - max_of<int64_t>(cols.out, 0)};
+  g.begin = plain && p.Q * p.stride_w >= p.W ? 0 : -g.lowest;
+  g.end = plain ? p.Q : p.Q - g.highest;
+  return g;
 }
 
-FASTCONV_INLINE Range both(Range a, Range b) { return {max_of(a.begin, b.begin), min_of(a.end, b.end)}; }
+// A row of dx in the making: its elements [begin, end), of which dx is the first; `rows` of the plane cover it.
+template <typename T, typename Offset>
+struct Row {
+  const T* dy;  // of the plane, like offsets
+  const Offset* offsets;
+  T* dx;
+  int64_t begin, end;
+  Cover rows;
+};
 
-// dx = the elements [begin, end) of a row, which is covered by `rows` of the plane whose first window is number `plane`.
-// Columns w = phase + j·stride_w share their taps, and their windows lie side by side: vectors run along j. `room`
-// elements can be written from dx on.
-template <int stride, typename T, typename Offset>
-FASTCONV_INLINE void backward_row(const MaxPool2dProblem& p, const Axis& column, const Cover (&phases)[2], const T* dy,
-                                  const Offset* offsets, int64_t plane, const Cover& rows, int64_t begin, int64_t end,
-                                  T* dx, int64_t room) {
-  const int64_t step = stride ? stride : p.stride_w, dy_elements = p.y_elements();
-  dy += plane;
-  offsets += plane;
-  const auto single = [&](const Cover& cols, int64_t j, int64_t w) {
-    dx[w - begin] = from_acc<T>(gradient(dy, offsets, windows_of(p, 1, rows, inside(cols, column, j))));
-  };
+// Stores elements j … j + lanes of a group, or those in front of j_end.
+template <int stride, typename T>
+FASTCONV_INLINE void store_group(T* dx, vec_t<T> a, vec_t<T> b, int64_t step, int64_t count) {
   if constexpr (stride == 2) {
-    const Windows even_windows = windows_of(p, 1, rows, phases[0]), odd_windows = windows_of(p, 1, rows, phases[1]);
-    Range range = both({begin / 2, end / 2}, both(valid(p, phases[0]), valid(p, phases[1])));
-    const Range memory = both(readable(even_windows, plane, dy_elements, lanes<T>),
-                              readable(odd_windows, plane, dy_elements, lanes<T>));
-    range.begin = max_of(range.begin, memory.begin);
-    const int64_t stop = min_of(range.end, min_of(memory.end, (begin + room) / 2 - lanes<T> + 1));
-    int64_t j = min_of(range.begin, end / 2);
-    for (int64_t w = begin; w < 2 * j; ++w) single(phases[w % 2], w / 2, w);
-    const auto run = [&](int64_t row_count, int64_t even_count, int64_t odd_count) __attribute__((always_inline)) {
-      for (; j < stop; j += lanes<T>) {
-        const vec_t<T> a = gradients(dy + j, offsets + j, even_windows, row_count, even_count);
-        const vec_t<T> b = gradients(dy + j, offsets + j, odd_windows, row_count, odd_count);
-        store(dx + 2 * j - begin, low_pairs(a, b));
-        store(dx + 2 * j - begin + lanes<T>, high_pairs(a, b));
-      }
-    };
-    with_counts<Offset>(rows.count, phases[0].count, [&](int64_t r, int64_t e) __attribute__((always_inline)) {
-      if (phases[1].count == e)
-        run(r, e, e);
-      else
-        run(r, e, phases[1].count == 3 - e ? 3 - e : phases[1].count);
-    });
-    for (int64_t w = max_of(2 * min_of(j, range.end), begin); w < end; ++w) single(phases[w % 2], w / 2, w);
+    store(dx, low_pairs(a, b));
+    store(dx + lanes<T>, high_pairs(a, b));
+  } else if constexpr (stride == 1) {
+    store(dx, a);
   } else {
-    for (int64_t phase = 0; phase < step; ++phase) {
-      const Cover cols = phase < 2 ? phases[phase] : cover(column, phase);
-      const Windows windows = windows_of(p, 1, rows, cols);
-      const int64_t j_begin = begin > phase ? ceil_div(begin - phase, step) : 0;
-      const int64_t j_end = end > phase ? ceil_div(end - phase, step) : 0;
-      const Range range = both({j_begin, j_end}, valid(p, cols)), memory = readable(windows, plane, dy_elements, lanes<T>);
-      int64_t j = min_of(max_of(range.begin, memory.begin), j_end);
-      int64_t stop = min_of(range.end, memory.end);
-      if (stride == 1) stop = min_of(stop, begin + room - lanes<T> + 1);
-      for (int64_t e = j_begin; e < j; ++e) single(cols, e, phase + e * step);
-      for (; j < stop; j += lanes<T>) {
-        const vec_t<T> sum = gradients(dy + j, offsets + j, windows, windows.rows, windows.cols);
-        if constexpr (stride == 1)
-          store(dx + j - begin, sum);
-        else
-          for (int64_t e = 0; e < min_of<int64_t>(lanes<T>, range.end - j); ++e)
-            dx[phase + (j + e) * step - begin] = from_acc<T>(sum[e]);
-      }
-      for (int64_t e = max_of(min_of(j, range.end), j_begin); e < j_end; ++e) single(cols, e, phase + e * step);
+    for (int64_t i = 0; i < min_of<int64_t>(lanes<T>, count); ++i) dx[i * step] = from_acc<T>(a[i]);
+  }
+}
+
+// Elements j … j + lanes of a group, some of whose windows don't exist.
+template <int stride, typename T, typename Offset>
+__attribute__((noinline)) void backward_edge(const MaxPool2dProblem& p, const Group& group, const Row<T, Offset>& row,
+                                             int64_t phase, int64_t j, int64_t count) {
+  const auto sum = [&](const Cover& c) __attribute__((always_inline)) {
+    const Windows windows = windows_of(p, 1, row.rows, c);
+    return gradients(row.dy + j, row.offsets + j, windows, windows.rows, windows.cols, [&](int64_t i) {
+      const int64_t q = j + c.out - i * c.out_step;  // of the first lane
+      return (lane_numbers<T>() >= all_taps<T>(max_of<int64_t>(-q, 0))) &
+             (lane_numbers<T>() < all_taps<T>(max_of<int64_t>(min_of<int64_t>(p.Q - q, lanes<T>), 0)));
+    });
+  };
+  store_group<stride>(row.dx + phase + j * p.stride_w - row.begin, sum(group.a), stride == 2 ? sum(group.b) : vec_t<T>{},
+                      p.stride_w, count);
+}
+
+// The same one by one, where a vector would read beyond dy or write beyond the task.
+template <int stride, typename T, typename Offset>
+__attribute__((noinline)) void backward_single(const MaxPool2dProblem& p, const Axis& column, const Group& group,
+                                               const Row<T, Offset>& row, int64_t phase, int64_t j, int64_t j_end) {
+  for (; j < j_end; ++j)
+    for (int64_t k = 0; k < (stride == 2 ? 2 : 1); ++k)
+      if (const int64_t w = phase + k + j * p.stride_w; w < row.end)
+        row.dx[w - row.begin] = from_acc<T>(
+            gradient(row.dy, row.offsets, windows_of(p, 1, row.rows, inside(k ? group.b : group.a, column, j))));
+}
+
+// A group of a row in vectors along j. `plane` is the number of the plane's first window; `room` elements can be written
+// from dx on.
+template <int stride, typename T, typename Offset>
+FASTCONV_INLINE void backward_group(const MaxPool2dProblem& p, const Axis& column, const Group& group,
+                                    const Row<T, Offset>& row, int64_t phase, int64_t plane, int64_t room) {
+  constexpr int V = lanes<T>;
+  const int64_t step = stride ? stride : p.stride_w;
+  const Windows a = windows_of(p, 1, row.rows, group.a), b = windows_of(p, 1, row.rows, group.b);
+  // Within [safe_begin, safe_end] a vector may read its windows and write itself.
+  const bool reads = row.rows.count > 0;
+  const int64_t first_window = plane + row.rows.out * p.Q;
+  const int64_t safe_begin = reads ? (row.rows.count - 1) * a.row_back - first_window - group.lowest : 0;
+  const int64_t safe_end = min_of(reads ? p.y_elements() - V - first_window - group.highest : p.W,
+                                  stride ? (row.begin + room) / stride - V : p.W);
+  const int64_t j_end = row.end > phase ? (row.end - phase + step - 1) / step : 0;
+  const int64_t fast_begin = max_of(safe_begin, group.begin);
+  const int64_t fast_end = min_of(safe_end + 1, group.end < j_end ? group.end - V + 1 : j_end);
+  int64_t j = row.begin > phase ? (row.begin - phase + step - 1) / step : 0;
+  const auto run = [&](int64_t row_count, int64_t a_count, int64_t b_count) __attribute__((always_inline)) {
+    const T* dy = row.dy;
+    const Offset* offsets = row.offsets;
+    T* dx = row.dx + phase - row.begin;
+    for (; j < fast_end; j += V)
+      store_group<stride>(
+          dx + j * step, gradients(dy + j, offsets + j, a, row_count, a_count, Everywhere<T>{}),
+          stride == 2 ? gradients(dy + j, offsets + j, b, row_count, b_count, Everywhere<T>{}) : vec_t<T>{}, step,
+          j_end - j);
+  };
+  while (j < j_end) {
+    if (j < fast_begin || j >= fast_end) {
+      if (j < safe_begin || j > safe_end)
+        backward_single<stride>(p, column, group, row, phase, j, min_of(j + V, j_end));
+      else
+        backward_edge<stride>(p, group, row, phase, j, j_end - j);
+      j += V;
+    } else if constexpr (stride == 2) {
+      with_counts<Offset>(a.rows, a.cols, b.cols, run);
+    } else {
+      run(a.rows, a.cols, 0);
     }
   }
 }
@@ -429,7 +481,8 @@ void backward_nchw(const MaxPool2dProblem& problem, const T* dy, const Offset* o
   for_each_task(parallel, ceil_div(units, units_per_task), [&](int, int64_t task) {
     const MaxPool2dProblem p = problem;  // a copy of its own, which no store can alias
     const Axis row = row_axis(p), column = column_axis(p);
-    const Cover phases[2] = {cover(column, 0), cover(column, 1)}, first_row = cover(row, 0);
+    const Group first_group = group_of(p, column, 0);
+    const Cover first_row = cover(row, 0);
     const int64_t unit = task * units_per_task, unit_end = min_of(unit + units_per_task, units);
     Walk walk(unit, p.H, segments);
     int64_t i = unit / segments * p.W + walk.column * segment_columns;
@@ -437,8 +490,11 @@ void backward_nchw(const MaxPool2dProblem& problem, const T* dy, const Offset* o
     Cover rows = cover(row, walk.row);
     while (i < task_end) {
       const int64_t begin = walk.column * segment_columns, end = min_of(begin + segment_columns, p.W);
-      backward_row<stride>(p, column, phases, dy, offsets, walk.plane * p.P * p.Q, inside(rows, row, 0), begin, end, dx + i,
-                           task_end - i);
+      const int64_t plane = walk.plane * p.P * p.Q;
+      const Row<T, Offset> this_row{dy + plane, offsets + plane, dx + i, begin, end, inside(rows, row, 0)};
+      backward_group<stride>(p, column, first_group, this_row, 0, plane, task_end - i);
+      for (int64_t phase = 1; stride == 0 && phase < p.stride_w; ++phase)
+        backward_group<stride>(p, column, group_of(p, column, phase), this_row, phase, plane, task_end - i);
       i += end - begin;
       const int64_t h = walk.row;
       walk.next();
@@ -468,12 +524,13 @@ void backward_nhwc(const MaxPool2dProblem& problem, const T* dy, const Offset* o
       if (lanes<T> > max_of(C, room))
         for (int64_t c = 0; c < C; ++c) to[c] = from_acc<T>(gradient(from + c, from_offsets + c, windows));
       else
-        with_counts<Offset>(windows.rows, windows.cols, [&](int64_t r, int64_t s) __attribute__((always_inline)) {
-          for (int64_t c = 0; c < C; c += lanes<T>) {
-            if (c + lanes<T> > C && C >= lanes<T>) c = C - lanes<T>;  // once more some of those before
-            store(to + c, gradients(from + c, from_offsets + c, windows, r, s));
-          }
-        });
+        with_counts<Offset>(windows.rows, windows.cols, windows.cols,
+                            [&](int64_t r, int64_t s, int64_t) __attribute__((always_inline)) {
+                              for (int64_t c = 0; c < C; c += lanes<T>) {
+                                if (c + lanes<T> > C && C >= lanes<T>) c = C - lanes<T>;  // once more some of those before
+                                store(to + c, gradients(from + c, from_offsets + c, windows, r, s, Everywhere<T>{}));
+                              }
+                            });
       const int64_t w = walk.column, h = walk.row;
       walk.next();
       cols = walk.column == 0 ? cover(column, 0) : next_cover(column, w, cols);

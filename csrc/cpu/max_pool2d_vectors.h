@@ -10,15 +10,21 @@
 namespace fastconv::cpu {
 namespace {
 
-// even(a, b): every second element of a and b, in an order of its own, which in_order() undoes.
+// even, odd: every second element of a and b, in an order of its own, which in_order() undoes.
 // low_pairs, high_pairs: a[0], b[0], a[1], b[1] … and the same of the upper halves.
 
 #if defined(__AVX512F__)
 FASTCONV_INLINE vfloat even(vfloat a, vfloat b) {
   return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
 }
+FASTCONV_INLINE vfloat odd(vfloat a, vfloat b) {
+  return __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+}
 FASTCONV_INLINE vec_t<double> even(vec_t<double> a, vec_t<double> b) {
   return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14);
+}
+FASTCONV_INLINE vec_t<double> odd(vec_t<double> a, vec_t<double> b) {
+  return __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
 }
 template <typename V>
 FASTCONV_INLINE V in_order(V v) {
@@ -38,9 +44,11 @@ FASTCONV_INLINE vec_t<double> high_pairs(vec_t<double> a, vec_t<double> b) {
 }
 #elif defined(__AVX2__)
 FASTCONV_INLINE vfloat even(vfloat a, vfloat b) { return __builtin_shufflevector(a, b, 0, 2, 8, 10, 4, 6, 12, 14); }
+FASTCONV_INLINE vfloat odd(vfloat a, vfloat b) { return __builtin_shufflevector(a, b, 1, 3, 9, 11, 5, 7, 13, 15); }
 FASTCONV_INLINE vec_t<double> even(vec_t<double> a, vec_t<double> b) {
   return __builtin_shufflevector(a, b, 0, 4, 2, 6);
 }
+FASTCONV_INLINE vec_t<double> odd(vec_t<double> a, vec_t<double> b) { return __builtin_shufflevector(a, b, 1, 5, 3, 7); }
 template <typename V>
 FASTCONV_INLINE V in_order(V v) {
   const vec_t<double> pairs = (vec_t<double>)v;
@@ -58,7 +66,9 @@ FASTCONV_INLINE vec_t<double> high_pairs(vec_t<double> a, vec_t<double> b) {
 }
 #else
 FASTCONV_INLINE vfloat even(vfloat a, vfloat b) { return __builtin_shufflevector(a, b, 0, 2, 4, 6); }
+FASTCONV_INLINE vfloat odd(vfloat a, vfloat b) { return __builtin_shufflevector(a, b, 1, 3, 5, 7); }
 FASTCONV_INLINE vec_t<double> even(vec_t<double> a, vec_t<double> b) { return __builtin_shufflevector(a, b, 0, 2); }
+FASTCONV_INLINE vec_t<double> odd(vec_t<double> a, vec_t<double> b) { return __builtin_shufflevector(a, b, 1, 3); }
 template <typename V>
 FASTCONV_INLINE V in_order(V v) {
   return v;
@@ -71,7 +81,7 @@ FASTCONV_INLINE vec_t<double> high_pairs(vec_t<double> a, vec_t<double> b) {
 }
 #endif
 
-// `stride` is 1, 2 or, for any other, 0: then it is `step`.
+// p[0], p[stride], …: `stride` is 1, 2 or, for any other, 0: then it is `step`.
 template <int stride, typename T>
 FASTCONV_INLINE vec_t<T> load_strided(const T* p, int64_t step) {
   if constexpr (stride == 1) {
@@ -84,9 +94,22 @@ FASTCONV_INLINE vec_t<T> load_strided(const T* p, int64_t step) {
     return v;
   }
 }
+// p[s], p[s + stride], …: taps 2i and 2i + 1 of stride 2 come from the same two loads.
+template <int stride, typename T>
+FASTCONV_INLINE vec_t<T> load_tap(const T* p, int64_t s, int64_t step) {
+  return stride == 2 && s % 2 ? odd(load(p + s - 1), load(p + s - 1 + lanes<T>)) : load_strided<stride>(p + s, step);
+}
 template <int stride>
 FASTCONV_INLINE int64_t elements_read(int64_t lanes, int64_t step) {
   return stride == 0 ? (lanes - 1) * step + 1 : stride * lanes;
+}
+
+// 0, 1, 2, …
+template <typename T>
+FASTCONV_INLINE mask_t<T> lane_numbers() {
+  mask_t<T> v{};
+  for (int i = 0; i < lanes<T>; ++i) v[i] = i;
+  return v;
 }
 
 // Is any lane's mask set?
@@ -106,7 +129,8 @@ FASTCONV_INLINE bool any(M mask) {
 #endif
 }
 
-// Offsets within a window are kept in 1, 2 or 4 bytes and computed in the lanes of mask_t<T>.
+// Offsets within a window are kept in 1, 2 or 4 bytes and computed in the lanes of mask_t<T>. Bytes, the usual case, are
+// spelled out: GCC 12 converts them one by one.
 template <typename T, typename Offset>
 struct OffsetVector {
   typedef Offset type __attribute__((vector_size(lanes<T> * sizeof(Offset))));
@@ -115,20 +139,36 @@ template <typename T, typename Offset>
 FASTCONV_INLINE mask_t<T> load_offsets(const Offset* p) {
   typename OffsetVector<T, Offset>::type narrow;
   memcpy(&narrow, p, sizeof narrow);
+#if defined(__SSE2__)
+  if constexpr (sizeof narrow <= 8 && sizeof(Offset) == 1) {
+    int64_t word = 0;
+    memcpy(&word, &narrow, sizeof narrow);
+    const __m128i bytes = _mm_cvtsi64_si128(word);
+#if defined(__AVX512F__)
+    return (mask_t<T>)_mm512_cvtepu8_epi64(bytes);
+#elif defined(__AVX2__)
+    return lanes<T> == 8 ? (mask_t<T>)_mm256_cvtepu8_epi32(bytes) : (mask_t<T>)_mm256_cvtepu8_epi64(bytes);
+#else
+    const __m128i zero = _mm_setzero_si128();
+    const __m128i ints = _mm_unpacklo_epi16(_mm_unpacklo_epi8(bytes, zero), zero);
+    return (mask_t<T>)(lanes<T> == 4 ? ints : _mm_unpacklo_epi32(ints, zero));
+#endif
+  }
+#endif
   return __builtin_convertvector(narrow, mask_t<T>);
 }
 template <typename T, typename Offset>
 FASTCONV_INLINE void store_offsets(Offset* p, mask_t<T> v) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
-  if constexpr (sizeof(Offset) == 1) {  // GCC 12 narrows one lane after the other
-    __m128i words;
-    if constexpr (sizeof(v[0]) == 4) {
-      words = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
-    } else {
-      const __m256i low = _mm256_permutevar8x32_epi32((__m256i)v, _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6));
-      words = _mm_packs_epi32(_mm256_castsi256_si128(low), _mm256_castsi256_si128(low));
-    }
-    const __m128i bytes = _mm_packus_epi16(words, words);
+#if defined(__SSE2__) && !defined(__AVX512F__)
+  if constexpr (sizeof(Offset) == 1) {
+#if defined(__AVX2__)
+    const __m256i ints = lanes<T> == 8 ? (__m256i)v
+                                       : _mm256_permutevar8x32_epi32((__m256i)v, _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6));
+    const __m128i low = _mm256_castsi256_si128(ints), high = _mm256_extracti128_si256(ints, 1);
+#else
+    const __m128i low = lanes<T> == 4 ? (__m128i)v : _mm_shuffle_epi32((__m128i)v, 0x88), high = low;
+#endif
+    const __m128i words = _mm_packs_epi32(low, high), bytes = _mm_packus_epi16(words, words);
     memcpy(p, &bytes, lanes<T>);
     return;
   }

@@ -1,7 +1,7 @@
 // Depthwise convolution: every channel has filters of its own, C/groups = 1. With m = K/C filters a channel:
 //
 //   fprop  y[n][k][p][q]  = b[k] + Σ_{r,s} x[n][k / m][p·stride_h − pad_h + r·dilation_h][…] · w[k][r][s]
-//   dgrad  dx[n][c][h][w] = Σ_{k = c·m}^{c·m + m − 1} Σ_{r,s} dy[n][k][(h + pad_h − r·dilation_h) / stride_h][…] · w[k][r][s]
+//   dgrad  dx[n][c][h][w] = Σ_{k / m = c} Σ_{r,s} dy[n][k][(h + pad_h − r·dilation_h) / stride_h][…] · w[k][r][s]
 //   wgrad  dw[k][r][s]    = Σ_{n,p,q} dy[n][k][p][q] · x[n][k / m][p·stride_h − pad_h + r·dilation_h][…]
 //
 // An element takes part in few products, so that the time goes to memory: neighbouring threads read neighbouring
@@ -51,9 +51,12 @@ __device__ __forceinline__ int source(bool divides, const Divisor& divide, int o
   return over == 0 ? at : -1;
 }
 
-// size 3: a 3 × 3 filter without dilation, which strides by `stride`. size 0: any filter, stride and dilation.
-template <typename T, int size, int stride>
-__global__ void __launch_bounds__(depthwise_threads, size == 3 || sizeof(T) == 8 ? 2 : 3)
+// any: every filter, stride and dilation. The others: a 3 × 3 filter without dilation whose stride is 1 or 2, or was 2
+// in the fprop that this is the dgrad of.
+enum class Window { any, stride_1, stride_2, divide_by_2 };
+
+template <typename T, Window window>
+__global__ void __launch_bounds__(depthwise_threads, window != Window::any || sizeof(T) == 8 ? 2 : 3)
     conv2d_depthwise_kernel(const __grid_constant__ Depthwise g, const T* in, const T* w, const T* bias, T* out) {
   using acc = acc_t<T>;
   auto& shared = shared_memory<DepthwiseShared<T>>();
@@ -108,12 +111,12 @@ __global__ void __launch_bounds__(depthwise_threads, size == 3 || sizeof(T) == 8
         if (g.turned) tap = taps - 1 - tap;
         return g.staged ? shared.filter[tap * lanes + lane] : to_acc(taps_of_filter[tap]);
       };
-      if constexpr (size == 3) {
+      if constexpr (window == Window::stride_1 || window == Window::stride_2) {
+        constexpr int stride = window == Window::stride_1 ? 1 : 2, reach = (strip - 1) * stride + 3;
 #pragma unroll
         for (int s = 0; s < 3; ++s) {
           const int x = column * stride - g.pad_w + s;
           if (unsigned(x) >= unsigned(g.in_w)) continue;
-          constexpr int reach = (strip - 1) * stride + 3;
           acc values[reach];
 #pragma unroll
           for (int i = 0; i < reach; ++i) {
@@ -125,6 +128,32 @@ __global__ void __launch_bounds__(depthwise_threads, size == 3 || sizeof(T) == 8
             const acc tap = tap_at(r * 3 + s);
 #pragma unroll
             for (int a = 0; a < strip; ++a) sums[a] += values[a * stride + r] * tap;
+          }
+        }
+      } else if constexpr (window == Window::divide_by_2) {
+        // Row h reads through taps r of the parity of h + pad_h: the middle one, or the first and the last. A strip
+        // starts at an even row, so that three input rows serve it.
+        const int odd = g.pad_h & 1, y0 = (row + g.pad_h - odd) / 2 - 1 + odd;
+        for (int s = (column + g.pad_w) & 1; s < 3; s += 2) {
+          const int x = (column + g.pad_w - s) / 2;
+          if (column + g.pad_w < s || x >= g.in_w) continue;
+          acc values[3], taps_of_column[3];
+#pragma unroll
+          for (int i = 0; i < 3; ++i) {
+            const int y = y0 + i;
+            values[i] = unsigned(y) < unsigned(g.in_h) ? to_acc(from[y * g.in.h + x * g.in.w]) : acc(0);
+            taps_of_column[i] = tap_at(i * 3 + s);
+          }
+          if (odd) {
+            sums[0] += values[0] * taps_of_column[1];
+            sums[1] += values[1] * taps_of_column[0] + values[0] * taps_of_column[2];
+            sums[2] += values[1] * taps_of_column[1];
+            sums[3] += values[2] * taps_of_column[0] + values[1] * taps_of_column[2];
+          } else {
+            sums[0] += values[1] * taps_of_column[0] + values[0] * taps_of_column[2];
+            sums[1] += values[1] * taps_of_column[1];
+            sums[2] += values[2] * taps_of_column[0] + values[1] * taps_of_column[2];
+            sums[3] += values[2] * taps_of_column[1];
           }
         }
       } else {
@@ -260,10 +289,11 @@ Status gather(const Conv2dProblem& problem, const Conv2dPlan& plan, const T* in,
   g.divide_h = Divisor(p.stride_h), g.divide_w = Divisor(p.stride_w);
 
   const bool fixed = p.R == 3 && p.S == 3 && p.dilation_h == 1 && p.dilation_w == 1 && p.stride_h == p.stride_w &&
-                     !g.divides;
-  auto* kernel = fixed && p.stride_h == 1   ? conv2d_depthwise_kernel<T, 3, 1>
-                 : fixed && p.stride_h == 2 ? conv2d_depthwise_kernel<T, 3, 2>
-                                            : conv2d_depthwise_kernel<T, 0, 0>;
+                     p.stride_h <= 2;
+  auto* kernel = !fixed            ? conv2d_depthwise_kernel<T, Window::any>
+                 : g.divides       ? conv2d_depthwise_kernel<T, Window::divide_by_2>
+                 : p.stride_h == 2 ? conv2d_depthwise_kernel<T, Window::stride_2>
+                                   : conv2d_depthwise_kernel<T, Window::stride_1>;
   const int64_t blocks =
       g.channel_tiles * pieces(g.positions, depthwise_threads / g.channel_lanes * strips_per_thread);
   return launch("conv2d_depthwise_kernel", kernel, dim3(unsigned(blocks)), dim3(depthwise_threads),

@@ -1,14 +1,14 @@
 // Direct convolution through shared memory.
 //
 //   fprop  y[n][k][p][q]  = b[k] + Σ_{c,r,s} x[n][c][p·stride_h − pad_h + r·dilation_h][…] · w[k][c][r][s]
-//   dgrad  dx[n][c][h][w] = Σ_{k,r,s} dy[n][k][(h + pad_h − r·dilation_h) / stride_h][…] · w[k][c][r][s], whole quotients
+//   dgrad  dx[n][c][h][w] = Σ_{k,r,s} dy[n][k][(h + pad_h − r·dilation_h) / stride_h][…] · w[k][c][r][s], where whole
 //   wgrad  dw[k][c][r][s] = Σ_{n,p,q} dy[n][k][p][q] · x[n][c][p·stride_h − pad_h + r·dilation_h][…]
 //
 // fprop and dgrad are one kernel: both gather, at equal distances, from an input along each axis (see DirectAxis in
 // plan/conv2d_cuda.h). A block brings the patch of the input that its outputs read, and the taps of its filters, into
 // shared memory; then every thread adds up four pixels times four channels. In wgrad a block owns some filters times
-// some taps, walks its share of the pixels tile by tile, and every thread adds up four filters times four taps over some
-// of a tile's pixels; the threads' sums, and then the blocks', are added in order.
+// some taps and walks its share of the pixels tile by tile; every thread adds up four filters times four taps over some
+// pixels of a tile. The threads' sums, and then the blocks', are added in order.
 #include "../plan/conv2d_cuda.h"
 #include "index.cuh"
 #include "ordered_sum.cuh"
@@ -107,15 +107,15 @@ __global__ void __launch_bounds__(direct_threads, sizeof(T) == 8 ? 1 : 2)
     const int64_t i0 = tile_h * tile.h.tile, j0 = tile_w * tile.w.tile;
     const Taps taps_h = taps_of_phase(tile.h, phase_h, g.dgrad), taps_w = taps_of_phase(tile.w, phase_w, g.dgrad);
 
-    int window[4];  // of my pixels
+    int window[4];  // of my pixels; of threads without one, any window in the patch
 #pragma unroll
     for (int a = 0; a < 4; ++a) {
       int j = pixel_thread + a * pixel_threads;
       int i = g.pixels_w.split(j);
-      const int n = g.pixels_h.split(i);
-      window[a] = n >= tile.images ? 0
-                                   : int(n * tile.h.extent * patch_w + i * tile.h.patch_step * patch_w +
-                                         j * tile.w.patch_step - back_h * delta_h - back_w * delta_w);
+      int n = g.pixels_h.split(i);
+      if (n >= tile.images) n = i = j = 0;
+      window[a] = int(n * tile.h.extent * patch_w + i * tile.h.patch_step * patch_w + j * tile.w.patch_step -
+                      back_h * delta_h - back_w * delta_w);
     }
 
     acc sums[4][4] = {};  // [pixel][channel]

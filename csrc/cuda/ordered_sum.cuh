@@ -18,14 +18,34 @@ struct OrderedSum {
   int64_t bias_batch_stride, bias_m_stride, bias_n_stride;
 };
 
+// A block's threads: 32 neighbouring results times eight runs of the splits.
+constexpr int sum_results = 32, sum_runs = 8;
+
 template <typename T>
-__global__ void ordered_sum_kernel(const __grid_constant__ OrderedSum s) {
-  int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i >= s.batches * s.m * s.n) return;
+struct OrderedSumShared {
+  acc_t<T> run[sum_runs][sum_results];
+};
+
+template <typename T>
+__global__ void __launch_bounds__(sum_results* sum_runs) ordered_sum_kernel(const __grid_constant__ OrderedSum s) {
+  auto& shared = shared_memory<OrderedSumShared<T>>();
+  const int result = threadIdx.x % sum_results, run = threadIdx.x / sum_results;
+  const int64_t i = int64_t(blockIdx.x) * sum_results + result;
+  const bool inside = i < s.batches * s.m * s.n;
   const int64_t row = i / s.n, n = i - row * s.n, batch = row / s.m, m = row - batch * s.m;
-  const acc_t<T>* partial = static_cast<const acc_t<T>*>(s.partial) + row * s.pitch + n;
-  acc_t<T> sum = partial[0];
-  for (int split = 1; split < s.splits; ++split) sum += partial[split * s.batches * s.m * s.pitch];
+  acc_t<T> sum = 0;
+  if (inside) {
+    const acc_t<T>* partial = static_cast<const acc_t<T>*>(s.partial) + row * s.pitch + n;
+    const int64_t split_stride = s.batches * s.m * s.pitch;
+    const int end = s.splits * (run + 1) / sum_runs;
+#pragma unroll 4
+    for (int split = s.splits * run / sum_runs; split < end; ++split) sum += partial[split * split_stride];
+  }
+  shared.run[run][result] = sum;
+  __syncthreads();
+  if (run != 0 || !inside) return;
+#pragma unroll
+  for (int j = 1; j < sum_runs; ++j) sum += shared.run[j][result];
   if (s.bias)
     sum += to_acc(
         static_cast<const T*>(s.bias)[batch * s.bias_batch_stride + m * s.bias_m_stride + n * s.bias_n_stride]);
@@ -36,8 +56,8 @@ template <typename T>
 Status ordered_sum(const OrderedSum& s, Stream stream) {
   const int64_t count = s.batches * s.m * s.n;
   if (count == 0) return {};
-  return launch("ordered_sum_kernel", ordered_sum_kernel<T>, dim3(unsigned(ceil_div(count, 256))), dim3(256), 0,
-                stream, s);
+  return launch("ordered_sum_kernel", ordered_sum_kernel<T>, dim3(unsigned(ceil_div(count, sum_results))),
+                dim3(sum_results * sum_runs), sizeof(OrderedSumShared<T>), stream, s);
 }
 
 // out[i] = Σ_split partial[split][i]

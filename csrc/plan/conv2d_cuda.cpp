@@ -1,8 +1,172 @@
-#include "../plan.h"
+// How a convolution is done on a GPU.
+//
+// depthwise where every group has one channel and few filters; a matrix product (im2col) where the filters of a group
+// fill enough of its tile; else direct, which can do everything. What is measured in multiply-adds below is a model of
+// the time on one multiprocessor (SM), whose figures are rounded from those of an H100; only their ratios matter.
+#include "conv2d_cuda.h"
+
+#include <limits>
+#include <stdexcept>
+
 namespace fastconv {
-Conv2dPlan plan_conv2d_cuda(const Conv2dProblem&, Direction direction, const Target&, std::optional<Algo>, Reasons*) {
+namespace {
+
+using namespace cuda;
+
+constexpr int64_t most_sums_bytes = int64_t{64} << 20;  // of the partial sums of a split contraction
+
+struct Product {
+  int64_t m, n, k, groups;
+  bool may_split;
+  bool sums_apart;  // goes through partial sums even if it is not split
+};
+
+// C[m][n] = Σ_k … of one chunk (conv2d_im2col.cu).
+Product product_of(const Conv2dProblem& p, Direction direction) {
+  const Im2colChunks chunks = im2col_chunks(p, direction, 1);
+  const int64_t taps = p.channels_per_group() * p.R * p.S, filters = p.filters_per_group();
+  switch (direction) {
+    case Direction::fprop: return {filters, chunks.pixels, taps, p.groups, true, false};
+    case Direction::dgrad: return {taps, chunks.pixels, filters, p.groups, chunks.identity, false};
+    default: return {filters, taps, chunks.pixels, p.groups, true, true};
+  }
+}
+
+// The tile and the number of splits that the model finds fastest. A small tile wastes less at the edges and gives more
+// blocks; a large one reads less from the L2 cache.
+void choose_tile(const Product& g, const Target& target, DType dtype, Conv2dPlan* plan) {
+  struct Tile {
+    int size;
+    double speed;     // of a full SM
+    int64_t to_fill;  // blocks that fill an SM
+  };
+  constexpr Tile tiles[] = {{128, 1.0, 1}, {64, 0.75, 4}};
+  constexpr int splits[] = {1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128};
+  constexpr double byte_cost = 6;       // multiply-adds in the time that one byte takes to or from memory
+  constexpr double launch_cost = 640e3;  // multiply-adds in the time of one more launch
+  const int64_t sms = std::max(target.num_sms, 1);
+  double best = std::numeric_limits<double>::infinity();
+  for (const Tile& tile : tiles) {
+    if (tile.size == 128 && dtype == DType::float64) continue;  // does not exist, see gemm.cuh
+    for (int split : splits) {
+      const int64_t depth = round_up(pieces(g.k, split), 8), sums = split * g.groups * g.m * round_up(g.n, 4);
+      if (split > 1 && (!g.may_split || depth < 64 || sums * accumulator_bytes(dtype) > most_sums_bytes)) break;
+      const int64_t blocks = pieces(g.m, tile.size) * pieces(g.n, tile.size) * g.groups * split;
+      const int64_t on_one_sm = std::max(pieces(blocks, sms), tile.to_fill);
+      double cost = double(on_one_sm) * tile.size * tile.size * double(depth) / tile.speed;
+      if (split > 1 || g.sums_apart) cost += double(2 * sums * accumulator_bytes(dtype)) / double(sms) * byte_cost;
+      if (split > 1 && !g.sums_apart) cost += launch_cost;
+      if (cost > 0.95 * best) continue;  // a little more speed is not worth more splits
+      best = cost;
+      plan->tile_m = plan->tile_n = tile.size;
+      plan->split = split;
+    }
+  }
+  plan->tile_k = 8;
+}
+
+// Pieces that make `blocks` about as many as `wanted`, but no more than there is work for or memory.
+int choose_split(const Conv2dProblem& p, int64_t blocks, int64_t wanted, int64_t work) {
+  const int64_t most = std::min(work, most_sums_bytes / std::max<int64_t>(split_wgrad_bytes(p, 1), 1));
+  return int(std::clamp<int64_t>(pieces(wanted, std::max<int64_t>(blocks, 1)), 1, std::max<int64_t>(most, 1)));
+}
+
+void plan_direct(const Conv2dProblem& p, const Target& target, Conv2dPlan* plan) {
+  const DirectTile tile = direct_tile(p, plan->direction);
+  plan->tile_m = tile.filters;
+  plan->tile_n = tile.pixels();
+  plan->tile_k = tile.channels;
+  plan->kernel = "conv2d_direct_kernel";
+  if (plan->direction != Direction::wgrad) return;
+  plan->kernel = "conv2d_direct_wgrad_kernel";
+  // Two blocks fit on an SM; twice as many even out what they take.
+  plan->split = choose_split(p, direct_wgrad_blocks(p, tile), 4 * int64_t(target.num_sms),
+                             pieces(p.N, tile.images) * tile.h.tiles * tile.w.tiles);
+  plan->workspace_bytes = split_wgrad_bytes(p, plan->split);
+}
+
+void plan_im2col(const Conv2dProblem& p, const Target& target, Conv2dPlan* plan) {
+  choose_tile(product_of(p, plan->direction), target, p.dtype, plan);
+  plan->workspace_bytes = im2col_chunks(p, plan->direction, plan->split).workspace_bytes();
+  plan->kernel = "gemm_kernel";
+}
+
+void plan_depthwise(const Conv2dProblem& p, const Target& target, Conv2dPlan* plan) {
+  plan->kernel = "conv2d_depthwise_kernel";
+  if (plan->direction != Direction::wgrad) return;
+  plan->kernel = "conv2d_depthwise_wgrad_kernel";
+  // Four blocks fit on an SM, and a thread should have eight pixels or more.
+  const int64_t pixels_at_once = depthwise_threads / depthwise_channel_lanes(p);
+  plan->split = choose_split(p, depthwise_wgrad_blocks(p), 8 * int64_t(target.num_sms),
+                             p.N * p.P * p.Q / (8 * pixels_at_once));
+  plan->workspace_bytes = split_wgrad_bytes(p, plan->split);
+}
+
+std::string text(const char* what, int64_t value) { return std::string(what) + " = " + std::to_string(value); }
+
+// Why an algorithm cannot do a problem; empty if it can.
+std::string obstacle(const Conv2dProblem& p, Algo algo) {
+  if (algo == Algo::depthwise && p.channels_per_group() != 1)
+    return text("needs one channel a group, and C/groups", p.channels_per_group());
+  if ((algo == Algo::depthwise || algo == Algo::im2col) && !counts_in_32_bits(p))
+    return "counts pixels, channels and taps in 32 bits, which are too few here";
+  return "";
+}
+
+constexpr int64_t most_depthwise_filters = 4, fewest_product_filters = 32;
+
+}  // namespace
+
+Conv2dPlan plan_conv2d_cuda(const Conv2dProblem& problem, Direction direction, const Target& target,
+                            std::optional<Algo> algo, Reasons* reasons) {
+  const Conv2dProblem p = normalized(problem);
+  const auto say = [&](Algo about, bool taken, const std::string& why) {
+    if (reasons) reasons->push_back({about, taken, why});
+  };
   Conv2dPlan plan;
   plan.direction = direction;
+
+  const int64_t filters = p.filters_per_group();
+  if (algo) {
+    if (const std::string why = obstacle(p, *algo); !why.empty())
+      throw std::invalid_argument(std::string("algo '") + name(*algo) + "' cannot do this convolution: it " + why);
+    plan.algo = *algo;
+    if (*algo == Algo::direct_naive && direction != Direction::fprop) {
+      plan.algo = Algo::direct;
+      say(*algo, false, std::string("asked for, but has no kernel for ") + name(direction));
+      say(Algo::direct, true, "the nearest to direct_naive");
+    } else {
+      say(*algo, true, "asked for");
+    }
+  } else {
+    say(Algo::direct_naive, false, "never chosen: every output reads its whole window from memory");
+    bool found = false;
+    const auto consider = [&](Algo candidate, bool good, const std::string& why_good, const std::string& why_not) {
+      const std::string why = obstacle(p, candidate);
+      if (found || !why.empty() || !good) {
+        say(candidate, false, found ? std::string(name(plan.algo)) + " comes first" : why.empty() ? why_not : why);
+        return;
+      }
+      plan.algo = candidate;
+      found = true;
+      say(candidate, true, why_good);
+    };
+    consider(Algo::depthwise, filters <= most_depthwise_filters, "one channel a group: limited by memory",
+             text("reads an input again for each of its filters, and K/groups", filters));
+    consider(Algo::im2col, filters >= fewest_product_filters,
+             text("a matrix product, K/groups", filters) + text(" filters by C/groups·R·S",
+                                                                p.channels_per_group() * p.R * p.S) + " taps",
+             text("the product would waste most of its tile, as K/groups", filters));
+    consider(Algo::direct, true, "reads the patch of the input that a tile of outputs shares once", "");
+  }
+
+  switch (plan.algo) {
+    case Algo::direct_naive: plan.kernel = "conv2d_direct_naive_kernel"; break;
+    case Algo::direct: plan_direct(p, target, &plan); break;
+    case Algo::im2col: plan_im2col(p, target, &plan); break;
+    case Algo::depthwise: plan_depthwise(p, target, &plan); break;
+  }
   return plan;
 }
+
 }  // namespace fastconv

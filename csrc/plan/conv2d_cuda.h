@@ -108,8 +108,8 @@ inline Im2colChunks im2col_chunks(const Conv2dProblem& p, Direction direction, i
 
 // direct: a block computes a tile of outputs from a patch of the input and a slice of the filters in shared memory.
 // Along one axis, output i reads through tap j input i·step + first + j·delta. For fprop and wgrad step is the stride and
-// delta the dilation. dgrad is such a gather too, one for each phase of the stride: rows h of dx with the same remainder
-// meet the same taps r, every (stride / gcd)-th, and h + pad − r·dilation is stride times an input row p (of dy).
+// delta the dilation. dgrad is such a gather too, once for each phase of the stride: rows h of dx with one remainder meet
+// the same taps r, every (stride / gcd)-th, and h + pad − r·dilation is the stride times a row p of its input dy.
 constexpr int direct_threads = 256;
 constexpr int direct_patch = 4096;   // elements
 constexpr int direct_filter = 2048;  // elements; wgrad keeps dy there
@@ -198,8 +198,8 @@ inline DirectTile direct_tile(const Conv2dProblem& p, Direction direction) {
     int& longer = tile.h.chunk >= tile.w.chunk ? tile.h.chunk : tile.w.chunk;
     longer = (longer + 1) / 2;
   }
-  tile.channels = int(std::clamp<int64_t>(std::min(direct_patch / tile.plane, most_taps / (tile.h.chunk * tile.w.chunk)),
-                                          1, std::max<int64_t>(in_channels, 1)));
+  const int64_t most_channels = std::min(direct_patch / tile.plane, most_taps / (tile.h.chunk * tile.w.chunk));
+  tile.channels = int(std::clamp<int64_t>(most_channels, 1, std::max<int64_t>(in_channels, 1)));
   return tile;
 }
 

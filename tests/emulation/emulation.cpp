@@ -79,20 +79,23 @@ struct Machine {
 thread_local std::string message;
 
 #if defined(__SANITIZE_ADDRESS__)
-void before_switch(Fiber& from, Fiber& to) {
-  static thread_local const void* bottom;  // of the OS thread's stack, learnt at the first switch away from it
-  static thread_local size_t size;
-  if (&from == &machine.scheduler) {
+struct ThreadStack {  // of the OS thread
+  void* bottom;
+  size_t size;
+  ThreadStack() {
     pthread_attr_t attributes;
-    void* address;
     pthread_getattr_np(pthread_self(), &attributes);
-    pthread_attr_getstack(&attributes, &address, &size);
+    pthread_attr_getstack(&attributes, &bottom, &size);
     pthread_attr_destroy(&attributes);
-    bottom = address;
+  }
+};
+void before_switch(Fiber& from, Fiber& to) {
+  if (&from == &machine.scheduler) {
     if (!to.has_context) ASAN_UNPOISON_MEMORY_REGION(to.stack, stack_bytes);
     __sanitizer_start_switch_fiber(&from.asan_stack, to.stack, stack_bytes);
   } else {
-    __sanitizer_start_switch_fiber(&from.asan_stack, bottom, size);
+    static thread_local const ThreadStack stack;
+    __sanitizer_start_switch_fiber(&from.asan_stack, stack.bottom, stack.size);
   }
 }
 void after_switch(Fiber& fiber) { __sanitizer_finish_switch_fiber(fiber.asan_stack, nullptr, nullptr); }
@@ -108,18 +111,19 @@ void after_switch(Fiber&) {}
 
 FASTCONV_LEAVES void resume(Fiber& fiber) { __builtin_longjmp(fiber.registers, 1); }
 
+char* new_stack() {
+  void* memory = mmap(nullptr, stack_guard_bytes + stack_bytes, PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (memory == MAP_FAILED || mprotect(memory, stack_guard_bytes, PROT_NONE) != 0) {
+    perror("emulation: mmap");
+    abort();
+  }
+  return static_cast<char*>(memory) + stack_guard_bytes;
+}
+
 void fiber_main();
 
 FASTCONV_LEAVES void start(Fiber& fiber) {
-  if (!fiber.stack) {
-    void* memory = mmap(nullptr, stack_guard_bytes + stack_bytes, PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (memory == MAP_FAILED || mprotect(memory, stack_guard_bytes, PROT_NONE) != 0) {
-      perror("emulation: mmap");
-      abort();
-    }
-    fiber.stack = static_cast<char*>(memory) + stack_guard_bytes;
-  }
   fiber.has_context = true;
   ucontext_t context;
   getcontext(&context);
@@ -343,8 +347,10 @@ const char* run_grid(const char* kernel, dim3 grid, dim3 block, size_t shared_by
   machine.threads = int(threads);
   machine.failed = false;
   machine.current = &machine.scheduler;
-  for (unsigned i = 0; i < threads; ++i)
+  for (unsigned i = 0; i < threads; ++i) {
+    if (!machine.fibers[i].stack) machine.fibers[i].stack = new_stack();
     machine.fibers[i].thread = {i % block.x, i / block.x % block.y, i / (block.x * block.y)};
+  }
   blockDim = block;
   gridDim = grid;
 

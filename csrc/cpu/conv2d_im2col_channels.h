@@ -1,0 +1,266 @@
+// im2col with vectors along the channels, for NHWC: patches are rows of (r, s, c), copied a pixel at a time.
+//
+//   fprop, dgrad   C[pixel][channel] = Σ_t patch[pixel][t] · weights[t][channel]     t = (tap, contracted channel)
+//   wgrad          C[filter][t]      = Σ_pixel dy[pixel][filter] · patch[pixel][t]
+#pragma once
+
+#include "conv2d_blocks.h"
+#include "conv2d_stage.h"
+#include "conv2d_wgrad_out.h"
+#include "gemm.h"
+#include "transpose.h"
+
+namespace fastconv::cpu {
+namespace {
+
+// Patches of one group: source is [n][row][col][groups·channels].
+template <typename T>
+struct Patches {
+  Axis rows, cols;
+  int64_t N, groups, channels;
+  const T* source;
+
+  int64_t pixels() const { return N * rows.outputs * cols.outputs; }
+  int64_t taps() const { return rows.taps * cols.taps; }
+  const T* end() const { return source + N * rows.source * cols.source * groups * channels; }
+  // Every patch is a pixel of the source, in order.
+  bool is_source() const {
+    return rows.taps == 1 && cols.taps == 1 && rows.step == 1 && cols.step == 1 && rows.first == 0 && cols.first == 0 &&
+           rows.outputs == rows.source && cols.outputs == cols.source;
+  }
+};
+
+// Copies `count` elements, in whole vectors that spill past the end where `limit` allows to read so far.
+template <typename T>
+FASTCONV_INLINE void copy_spilling(const T* from, int64_t count, const T* limit, acc_t<T>* out) {
+  if (limit - from >= count + lanes<T>) {
+    for (int64_t i = 0; i < count; i += lanes<T>) store(out + i, load(from + i));
+  } else {
+    copy_strided(from, 1, out, count);
+  }
+}
+template <typename T>
+FASTCONV_INLINE void zero_spilling(int64_t count, acc_t<T>* out) {
+  for (int64_t i = 0; i < count; i += lanes<T>) store(out + i, vec_t<T>{});
+}
+
+// Visits elements t0 … t1−1 of the patch of output (n, i, j) as contiguous pieces, in order:
+// visit(first t − t0, source or null for zeros, count).
+template <typename T, typename Visit>
+FASTCONV_INLINE void for_patch_pieces(const Patches<T>& p, int64_t group, int64_t n, int64_t i, int64_t j, int64_t t0,
+                                      int64_t t1, const Visit& visit) {
+  // Without groups and dilation the columns of a filter row are one contiguous piece.
+  const bool joined = p.groups == 1 && p.cols.inc == 1;
+  const int64_t pitch = p.groups * p.channels, unit = joined ? p.cols.taps * p.channels : p.channels;
+  for (int64_t t = t0; t < t1;) {
+    const int64_t index = t / unit, begin = t % unit, end = min_of(unit, begin + t1 - t);
+    const int64_t row = i * p.rows.step + p.rows.first + (joined ? index : index / p.cols.taps) * p.rows.inc;
+    const int64_t col = j * p.cols.step + p.cols.first + (joined ? 0 : index % p.cols.taps) * p.cols.inc;
+    const int64_t width = joined ? p.cols.taps : 1;
+    // [inside, outside) is the part of the piece that lies in the source.
+    int64_t inside = end, outside = end;
+    if (row >= 0 && row < p.rows.source && col < p.cols.source && col + width > 0) {
+      inside = min_of(end, max_of(begin, col < 0 ? -col * p.channels : 0));
+      outside = max_of(inside, min_of(end, (p.cols.source - col) * p.channels));
+    }
+    if (inside > begin) visit(t - t0, (const T*)nullptr, inside - begin);
+    if (outside > inside)
+      visit(t - t0 + inside - begin,
+            p.source + ((n * p.rows.source + row) * p.cols.source + col) * pitch + group * p.channels + inside,
+            outside - inside);
+    if (end > outside) visit(t - t0 + outside - begin, (const T*)nullptr, end - outside);
+    t += end - begin;
+  }
+}
+
+// rows[pixel − pixel0][t − t0], `pitch` apart
+template <typename T>
+void pack_patch_rows(const Patches<T>& p, int64_t group, int64_t pixel0, int64_t count, int64_t t0, int64_t t1,
+                     acc_t<T>* out, int64_t pitch) {
+  for (int64_t pixel = pixel0; pixel < pixel0 + count; ++pixel, out += pitch) {
+    const int64_t j = pixel % p.cols.outputs, i = pixel / p.cols.outputs % p.rows.outputs;
+    for_patch_pieces(p, group, pixel / p.cols.outputs / p.rows.outputs, i, j, t0, t1,
+                     [&](int64_t t, const T* from, int64_t length) {
+                       if (from) copy_spilling(from, length, p.end(), out + t);
+                       else zero_spilling<T>(length, out + t);
+                     });
+  }
+}
+
+// panels[(t − t0) / panel_cols][pixel − pixel0][lane]
+template <typename T>
+void pack_patch_panels(const Patches<T>& p, int64_t group, int64_t pixel0, int64_t count, int64_t t0, int64_t t1,
+                       acc_t<T>* out, int64_t panel_pitch) {
+  constexpr int cols = panel_cols<acc_t<T>>;
+  for (int64_t pixel = pixel0; pixel < pixel0 + count; ++pixel, out += cols) {
+    const int64_t j = pixel % p.cols.outputs, i = pixel / p.cols.outputs % p.rows.outputs;
+    for_patch_pieces(p, group, pixel / p.cols.outputs / p.rows.outputs, i, j, t0, t1,
+                     [&](int64_t t, const T* from, int64_t length) {
+                       while (length > 0) {
+                         const int64_t piece = min_of(length, cols - t % cols);
+                         acc_t<T>* to = out + t / cols * panel_pitch + t % cols;
+                         if (from) {
+                           copy_spilling(from, piece, p.end(), to);
+                           from += piece;
+                         } else {
+                           zero_spilling<T>(piece, to);
+                         }
+                         t += piece;
+                         length -= piece;
+                       }
+                     });
+  }
+}
+
+// fprop, or one phase of dgrad. weights: [group][panel][t][panel_cols].
+template <typename T>
+void gather_channels(const Patches<T>& p, const Conv2dPlan& plan, int64_t produced, int64_t out_height, int64_t out_width,
+                 const acc_t<T>* weights, const T* bias, T* out, const Scratch& layout, char* scratch,
+                 const Parallel& parallel) {
+  using E = acc_t<T>;
+  const int64_t depth = p.taps() * p.channels, pixels = p.pixels();
+  const int64_t depth_step = balanced(depth, plan.tile_k);
+  const int64_t all_panels = ceil_div(produced, panel_cols<E>);
+  const int64_t m_blocks = ceil_div(produced, plan.tile_n), pixel_blocks = ceil_div(pixels, plan.tile_m);
+  for_each_task(parallel, pixel_blocks * p.groups * m_blocks, [&](int worker, int64_t task) {
+    const int64_t m0 = task % m_blocks * plan.tile_n, group = task / m_blocks % p.groups;
+    const int64_t pixel0 = task / m_blocks / p.groups * plan.tile_m;
+    const int64_t count = min_of<int64_t>(plan.tile_m, pixels - pixel0);
+    const int64_t m_count = min_of<int64_t>(plan.tile_n, produced - m0), panels = ceil_div(m_count, panel_cols<E>);
+    E* memory = reinterpret_cast<E*>(scratch + worker * plan.scratch_bytes);
+    E *packed = memory + layout.a, *c = memory + layout.c;
+    const int64_t c_row = panels * panel_cols<E>;
+    if (depth == 0) fill_zero<T>(c, count * c_row);
+    for (int64_t t0 = 0; t0 < depth; t0 += depth_step) {
+      const int64_t t1 = min_of(depth, t0 + depth_step);
+      const E* a = packed;
+      int64_t a_row = t1 - t0 + lanes<E>;
+      bool in_place = false;
+      if constexpr (std::is_same_v<T, E>) in_place = p.is_source();
+      if (in_place) {
+        a_row = p.groups * p.channels;
+        a = (const E*)p.source + pixel0 * a_row + group * p.channels + t0;
+      } else {
+        pack_patch_rows(p, group, pixel0, count, t0, t1, packed, a_row);
+      }
+      multiply_block(count, panels, t1 - t0, a, a_row, 1,
+                     weights + ((group * all_panels + m0 / panel_cols<E>) * depth + t0) * panel_cols<E>,
+                     depth * panel_cols<E>, c, c_row, t0 > 0);
+    }
+    for (int64_t pixel = pixel0; pixel < pixel0 + count; ++pixel, c += c_row) {
+      const int64_t j = pixel % p.cols.outputs, i = pixel / p.cols.outputs % p.rows.outputs;
+      const int64_t n = pixel / p.cols.outputs / p.rows.outputs;
+      const int64_t h = p.rows.out_first + i * p.rows.out_step, w = p.cols.out_first + j * p.cols.out_step;
+      T* to = out + ((n * out_height + h) * out_width + w) * p.groups * produced + group * produced + m0;
+      const T* b = bias ? bias + group * produced + m0 : nullptr;
+      int64_t m = 0;
+      for (; m + lanes<T> <= m_count; m += lanes<T>) store(to + m, b ? load(c + m) + load(b + m) : load(c + m));
+      for (; m < m_count; ++m) to[m] = from_acc<T>(b ? c[m] + to_acc(b[m]) : c[m]);
+    }
+  });
+}
+
+template <typename T>
+void fprop_channels(const Conv2dProblem& pr, const Conv2dPlan& plan, const T* x, const T* w, const T* bias, T* y,
+                void* workspace, char* scratch, const Parallel& parallel) {
+  using E = acc_t<T>;
+  const int64_t kg = pr.filters_per_group(), depth = pr.channels_per_group() * pr.R * pr.S;
+  E* weights = (E*)workspace;
+  const int64_t panels = ceil_div(kg, panel_cols<E>);
+  for_each_task(parallel, pr.groups * panels, [&](int, int64_t task) {
+    const int64_t k0 = task % panels * panel_cols<E>;
+    transpose(w + (task / panels * kg + k0) * depth, depth, min_of<int64_t>(panel_cols<E>, kg - k0), depth,
+              weights + task * depth * panel_cols<E>, panel_cols<E>);
+  });
+  gather_channels<T>({fprop_rows(pr), fprop_cols(pr), pr.N, pr.groups, pr.channels_per_group(), x}, plan, kg, pr.P, pr.Q,
+                 weights, bias, y, gather_scratch(pr, plan), scratch, parallel);
+}
+
+template <typename T>
+void dgrad_channels(const Conv2dProblem& pr, const Conv2dPlan& plan, const T* dy, const T* w, T* dx, void* workspace,
+                char* scratch, const Parallel& parallel) {
+  using E = acc_t<T>;
+  const int64_t cg = pr.channels_per_group(), kg = pr.filters_per_group();
+  const int64_t panels = ceil_div(cg, panel_cols<E>);
+  const Phases phases = phases_of(pr, Direction::dgrad);
+  for (int64_t a = 0; a < phases.rows; ++a) {
+    for (int64_t b = 0; b < phases.cols; ++b) {
+      const Axis rows = dgrad_rows(pr, a), cols = dgrad_cols(pr, b);
+      // weights[group][panel][tap][k][lane]
+      E* weights = (E*)workspace;
+      for_each_task(parallel, pr.groups * panels, [&](int, int64_t task) {
+        const int64_t group = task / panels, c0 = task % panels * panel_cols<E>;
+        E* to = weights + task * rows.taps * cols.taps * kg * panel_cols<E>;
+        for (int64_t r = 0; r < rows.taps; ++r)
+          for (int64_t s = 0; s < cols.taps; ++s)
+            for (int64_t k = 0; k < kg; ++k, to += panel_cols<E>)
+              copy_strided(w + (((group * kg + k) * pr.R + rows.filter_first + r * rows.filter_step) * pr.S +
+                                cols.filter_first + s * cols.filter_step) * cg + c0,
+                           1, to, min_of<int64_t>(panel_cols<E>, cg - c0));
+      });
+      gather_channels<T>({rows, cols, pr.N, pr.groups, kg, dy}, plan, cg, pr.H, pr.W, weights, nullptr, dx,
+                     gather_scratch(pr, plan), scratch, parallel);
+    }
+  }
+}
+
+// sums[col] += Σ_row a[row·pitch + col]
+template <typename E>
+void add_rows(const E* a, int64_t pitch, int64_t rows, int64_t cols, E* sums) {
+  int64_t col = 0;
+  for (; col + lanes<E> <= cols; col += lanes<E>) {
+    vec_t<E> sum{};
+    for (int64_t row = 0; row < rows; ++row) sum += load(a + row * pitch + col);
+    store(sums + col, load(sums + col) + sum);
+  }
+  for (; col < cols; ++col) {
+    E sum = 0;
+    for (int64_t row = 0; row < rows; ++row) sum += a[row * pitch + col];
+    sums[col] += sum;
+  }
+}
+
+template <typename T>
+void wgrad_channels(const Conv2dProblem& pr, const Conv2dPlan& plan, const T* dy, const T* x, const WgradOut<T>& out,
+                char* scratch, const Parallel& parallel) {
+  using E = acc_t<T>;
+  const Patches<T> p{fprop_rows(pr), fprop_cols(pr), pr.N, pr.groups, pr.channels_per_group(), x};
+  const int64_t kg = pr.filters_per_group(), depth = p.taps() * p.channels, pixels = p.pixels();
+  const int64_t t_blocks = ceil_div(depth, plan.tile_n), k_blocks = ceil_div(kg, plan.tile_m);
+  const int64_t pixel_blocks = ceil_div(pixels, plan.tile_k);
+  const Scratch layout = wgrad_scratch(pr, plan);
+  for_each_task(parallel, plan.split * pr.groups * t_blocks * k_blocks, [&](int worker, int64_t task) {
+    const int64_t k0 = task % k_blocks * plan.tile_m, t0 = task / k_blocks % t_blocks * plan.tile_n;
+    const int64_t group = task / k_blocks / t_blocks % pr.groups, piece = task / k_blocks / t_blocks / pr.groups;
+    const int64_t k_count = min_of<int64_t>(plan.tile_m, kg - k0), t_count = min_of<int64_t>(plan.tile_n, depth - t0);
+    const int64_t panels = ceil_div(t_count, panel_cols<E>), c_row = panels * panel_cols<E>;
+    E* memory = reinterpret_cast<E*>(scratch + worker * plan.scratch_bytes);
+    E *packed = memory + layout.a, *b = memory + layout.b, *c = memory + layout.c;
+    E* bias_sums = c + k_count * c_row;
+    fill_zero<T>(c, k_count * c_row + k_count);
+    for (int64_t index = piece * pixel_blocks / plan.split; index < (piece + 1) * pixel_blocks / plan.split; ++index) {
+      const int64_t pixel0 = index * plan.tile_k, count = min_of<int64_t>(plan.tile_k, pixels - pixel0);
+      const T* dy_rows = dy + pixel0 * pr.K + group * kg + k0;
+      const E* a = packed;
+      int64_t a_col = k_count;
+      if constexpr (std::is_same_v<T, E>) {
+        a = dy_rows;
+        a_col = pr.K;
+      } else {
+        for (int64_t i = 0; i < count; ++i) copy_strided(dy_rows + i * pr.K, 1, packed + i * k_count, k_count);
+      }
+      const int64_t b_panel = (count + 1) * panel_cols<E>;  // one row more, for what spills from the last
+      pack_patch_panels(p, group, pixel0, count, t0, t0 + t_count, b, b_panel);
+      multiply_block(k_count, panels, count, a, 1, a_col, b, b_panel, c, c_row, true);
+      if (t0 == 0) add_rows(a, a_col, count, k_count, bias_sums);
+    }
+    for (int64_t k = 0; k < k_count; ++k) {
+      const int64_t filter = group * kg + k0 + k;
+      for (int64_t t = 0; t < t_count; ++t) out.put(pr, piece, filter * depth + t0 + t, c[k * c_row + t]);
+      if (t0 == 0) out.put(pr, piece, pr.w_elements() + filter, bias_sums[k]);
+    }
+  });
+}
+
+}  // namespace
+}  // namespace fastconv::cpu

@@ -1,0 +1,114 @@
+"""The built library: what it links, and that every instruction set it was built for gives right results."""
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import test_batch_norm
+import test_conv2d
+import test_max_pool2d
+import torch
+from conftest import ROOT, Backend
+
+import fastconv
+
+OBJECTS = ROOT / "build" / "ninja"
+ISA_OBJECTS = sorted(OBJECTS.glob("cpu/*/*.o"))
+CPU = Backend("cpu", "cpu")
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def output_of(*command):
+    if shutil.which(command[0]) is None:
+        pytest.skip(f"no {command[0]}")
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_the_library_needs_neither_python_nor_the_cuda_driver():
+    needed = [line for line in output_of("readelf", "-d", str(fastconv._ops.LIBRARY)).splitlines() if "NEEDED" in line]
+    libraries = " ".join(needed)
+    assert "libtorch.so" in libraries and "libtorch_cpu.so" in libraries
+    for other in ("python", "libcuda.", "libcudart", "libc10_cuda", "libtorch_cuda"):
+        assert other not in libraries
+
+
+def test_the_stream_symbol_is_weak():
+    symbols = output_of("nm", "-D", str(fastconv._ops.LIBRARY)).splitlines()
+    assert [s.split()[-2] for s in symbols if s.endswith("aoti_torch_get_current_cuda_stream")] == ["w"]
+
+
+def test_a_cuda_torch_resolves_the_stream_symbol():
+    resolved = ctypes.CDLL(str(fastconv._ops.LIBRARY)).fastconv_stream_symbol_resolved
+    resolved.restype = ctypes.c_bool
+    if torch.version.cuda is None:
+        assert not resolved()
+        pytest.skip("this torch was built without CUDA, and the symbol is null as it should be")
+    assert resolved()
+
+
+@pytest.mark.skipif(not ISA_OBJECTS, reason="no objects of a build")
+def test_kernel_objects_define_no_symbol_that_the_linker_may_merge():
+    """A weak definition compiled for AVX-512 could replace the baseline's and run where there is no AVX-512."""
+    for path in ISA_OBJECTS:
+        # W, V: weak; u: unique. Lower case w and v are undefined references.
+        weak = [line for line in output_of("nm", "-C", str(path)).splitlines() if line[17:18] in ("W", "V", "u")]
+        assert not weak, f"{path.parent.name}/{path.name}: {weak[:3]}"
+
+
+def test_this_machine_runs_its_best_instruction_set():
+    introspect = fastconv.planning._introspection()
+    assert introspect.isas()[0] == "baseline" and introspect.isa() == introspect.isas()[-1]
+    with pytest.raises(ValueError, match="this machine has no mmx"):
+        introspect.use_isa("mmx")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set_gives_right_results(isas, isa, dtype):
+    if isa not in isas:
+        pytest.skip(f"this machine has no {isa}")
+    fastconv._introspect.use_isa(isa)
+    depthwise, dense = test_conv2d.CASES[12], (test_conv2d.CASES[5], test_conv2d.CASES[16])
+    for layout in ("contiguous", "channels_last"):
+        for algo in fastconv.algorithms():
+            for case in (depthwise,) if algo == "depthwise" else (depthwise, *dense):
+                test_conv2d.check(CPU, case, dtype, layout, algo)
+        for size in ((3, 35, 7, 9), (2, 3, 21, 17)):
+            x = test_max_pool2d.lay_out(test_max_pool2d.FILLS["NaN and infinities"](size).to(dtype), layout)
+            test_max_pool2d.check_values(CPU, x, (3, 2, 1, 1, False))
+            test_max_pool2d.check_gradient(CPU, x.nan_to_num(), (3, 2, 1, 1, False))
+            test_batch_norm.check(CPU, (torch.randn(size) + 2).to(dtype), layout)
+            test_batch_norm.check(CPU, torch.randn(size).to(dtype), layout, training=False)
+    if dtype.itemsize == 2:
+        test_conv2d.check_every_value(CPU, dtype)
+
+
+@pytest.mark.skipif(not ISA_OBJECTS, reason="no objects of a build")
+def test_the_baseline_runs_on_a_processor_without_avx(isas, tmp_path):
+    """The kernels under an emulated Nehalem, where an AVX instruction is illegal, give the bits that they give here."""
+    if shutil.which("qemu-x86_64") is None:
+        pytest.skip("no qemu-x86_64 (apt install qemu-user)")
+    driver = str(tmp_path / "isa_driver")
+    objects = [*OBJECTS.glob("plan/*.o"), OBJECTS / "cpu" / "dispatch.o", *ISA_OBJECTS]
+    output_of(os.environ.get("CXX", "g++"), "-std=c++17", str(ROOT / "tests/isa_driver.cpp"), *objects, "-o", driver)
+    native = output_of(driver, "baseline")
+    assert len(native.splitlines()) > 200
+    assert output_of("qemu-x86_64", "-cpu", "Nehalem", driver, "baseline") == native
+    if "avx2" in isas:  # and a kernel of another instruction set would have been noticed
+        assert output_of(driver, "avx2") != native
+
+
+def test_import_without_introspection():
+    code = (
+        "import sys; sys.modules['fastconv._introspect'] = None\n"
+        "import fastconv, torch\n"
+        "fastconv.conv2d(torch.ones(1, 1, 3, 3), torch.ones(1, 1, 2, 2))\n"
+        "assert not hasattr(torch.ops.fastconv_emulated, 'conv2d_fprop')\n"
+        "try: fastconv.algorithms()\n"
+        "except ImportError as error: assert 'built for one version of Python' in str(error)\n"
+        "else: sys.exit('no error')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})

@@ -1,0 +1,144 @@
+"""torch.compile, fake tensors and the registration of the ops."""
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+
+import fastconv
+
+CONFIG = ([2, 1], [1, 0], [1, 2], 2)
+WINDOW = ([3, 2], [2, 1], [1, 0], [1, 1], False)
+
+
+def leaf(*size, layout=torch.contiguous_format):
+    tensor = torch.randn(size)
+    return (tensor.contiguous(memory_format=layout) if tensor.dim() == 4 else tensor).requires_grad_()
+
+
+def op_arguments(nhwc):
+    """Every op with arguments it takes."""
+    layout = torch.channels_last if nhwc else torch.contiguous_format
+    x, w, b = (leaf(*s, layout=layout) for s in ((2, 4, 9, 8), (6, 2, 3, 2), (6,)))
+    dy = torch.ops.fastconv.conv2d_fprop(x, w, b, *CONFIG, nhwc, False, None).detach()
+    y, offsets = torch.ops.fastconv.max_pool2d_forward(x, *WINDOW, nhwc, True)
+    mean, var = torch.zeros(4), torch.ones(4)
+    x_size, w_size, xd, wd = list(x.shape), list(w.shape), x.detach(), w.detach()
+    return {
+        "conv2d_fprop": (x, w, b, *CONFIG, nhwc, False, None),
+        "conv2d_dgrad": (dy, wd, x_size, *CONFIG, nhwc, False, None),
+        "conv2d_wgrad": (dy, xd, w_size, True, *CONFIG, nhwc, False, None),
+        "max_pool2d_forward": (x, *WINDOW, nhwc, True),
+        "max_pool2d_backward": (y.detach(), offsets, x_size, *WINDOW, nhwc),
+        "max_pool2d_indices": (offsets, x_size, *WINDOW, nhwc),
+        "max_pool2d_gather": (xd, offsets, *WINDOW, nhwc),
+        "batch_norm_train": (xd, mean.clone(), var.clone(), mean, var, 0.1, 1e-5, nhwc),
+        "batch_norm_eval": (x, mean.clone(), var.clone(), mean, var, 1e-5, nhwc),
+        "batch_norm_backward": (xd, xd, var.clone(), mean, var, True, nhwc),
+    }
+
+
+def test_every_op_is_checked():
+    assert set(op_arguments(False)) == set(fastconv._ops.OPS)
+
+
+@pytest.mark.parametrize("nhwc", [False, True], ids=["NCHW", "NHWC"])
+@pytest.mark.parametrize("name", fastconv._ops.OPS)
+def test_opcheck(name, nhwc):
+    torch.library.opcheck(getattr(torch.ops.fastconv, name).default, op_arguments(nhwc)[name])
+
+
+@pytest.mark.parametrize("nhwc", [False, True], ids=["NCHW", "NHWC"])
+@pytest.mark.parametrize("name", fastconv._ops.OPS)
+def test_fake_kernels_give_the_strides_of_the_real_ones(name, nhwc):
+    op, arguments = getattr(torch.ops.fastconv, name), op_arguments(nhwc)[name]
+    with torch.no_grad():
+        real = op(*arguments)
+        with FakeTensorMode() as mode:
+            fake = op(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments))
+    for r, f in zip(*(t if isinstance(t, (tuple, list)) else (t,) for t in (real, fake)), strict=True):
+        assert r.shape == f.shape and r.stride() == f.stride() and r.dtype is f.dtype
+
+
+class Network(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.pointwise, self.spatial = fastconv.Conv2d(3, 8, 1), fastconv.Conv2d(8, 6, 3, padding=(1, 2), stride=(2, 1))
+        self.norm, self.pool = fastconv.BatchNorm2d(6), fastconv.MaxPool2d(3, 2, 1)
+
+    def forward(self, x):
+        return self.pool(self.norm(self.spatial(self.pointwise(x).relu())).relu())
+
+
+def check_compiled(compile_backend, layout):
+    torch._dynamo.reset()
+    model, x = Network(), leaf(2, 3, 10, 9, layout=layout)
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    results = []
+    for network in (model, torch.compile(model, backend=compile_backend, fullgraph=True)):
+        model.load_state_dict(state)
+        model.zero_grad()
+        x.grad = None
+        y = network(x)
+        y.square().sum().backward()
+        gradients = [x.grad, *(p.grad for p in model.parameters())]
+        results.append([y, *(g.clone() for g in gradients), *(b.clone() for b in model.buffers())])
+    for a, b in zip(*results, strict=True):
+        assert a.stride() == b.stride()
+        torch.testing.assert_close(a, b)  # what is between the ops, the compiler may compute in another order
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model, backend=compile_backend, fullgraph=True)(x), model(x))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "NHWC"])
+def test_189239_173068_compile_without_graph_breaks(layout):
+    check_compiled("aot_eager", layout)
+
+
+def test_inductor_holds_the_fake_kernels_to_their_strides():
+    check_compiled("inductor", torch.channels_last)
+
+
+def test_compile_of_functions_with_every_argument():
+    def function(x, w, b):
+        y = fastconv.conv2d(x, w, b, (2, 1), (1, 2), (1, 2), 2, algo="direct")
+        y, indices = fastconv.max_pool2d(y, (3, 2), (2, 1), (1, 0), 1, True, True)
+        return fastconv.batch_norm(y, None, None, training=True), indices
+
+    x, w, b = leaf(2, 4, 9, 8), leaf(6, 2, 3, 2), leaf(6)
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)(x, w, b)
+    for a, e in zip(compiled, function(x, w, b), strict=True):
+        assert torch.equal(a, e)
+
+
+def test_dynamic_batch_size_compiles_once():
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    w = torch.randn(4, 3, 3, 3)
+    compiled = torch.compile(lambda x: fastconv.conv2d(x, w, padding=1), backend=backend, dynamic=True, fullgraph=True)
+    for batch in (2, 3, 5):
+        x = torch.randn(batch, 3, 6, 7)
+        assert torch.equal(compiled(x), fastconv.conv2d(x, w, padding=1))
+    assert len(graphs) == 1
+
+
+def test_meta_tensors():
+    x, w = torch.empty(2, 3, 9, 8, device="meta"), torch.empty(4, 3, 3, 2, device="meta")
+    assert fastconv.conv2d(x, w, stride=2).shape == (2, 4, 4, 4)
+    y, indices = fastconv.max_pool2d(x, 2, return_indices=True)
+    assert y.shape == indices.shape == (2, 3, 4, 4) and indices.dtype is torch.int64
+    assert fastconv.batch_norm(x, None, None, training=True).shape == x.shape
+
+
+def test_fake_tensors():
+    with FakeTensorMode():
+        x, w = torch.empty(2, 3, 9, 8), torch.empty(4, 3, 3, 2, requires_grad=True)
+        y = fastconv.conv2d(x.contiguous(memory_format=torch.channels_last), w)
+        assert y.shape == (2, 4, 7, 7) and y.is_contiguous(memory_format=torch.channels_last)
+        (dw,) = torch.autograd.grad(y.sum(), w)
+        assert dw.shape == w.shape
