@@ -10,6 +10,7 @@ import fastconv
 
 IMAGES = [(4, 3, 5, 7), (1, 5, 3, 4), (3, 1, 6, 2), (9, 4, 1, 1), (2, 70, 3, 1)]
 OTHERS = [(7, 17), (2, 1), (5, 6, 9), (2, 3, 2, 3, 4)]  # after a fully connected layer, sequences, volumes
+MEDIUM_SIZES = [(4, 3, 50, 51), (300, 70), (2, 130, 9, 8), (1, 2, 90, 91), (65, 33, 3, 2), (3, 5, 700)]
 LARGE_SIZES = [(4, 40, 37, 41), (33, 300), (2, 130, 14, 15), (3, 5, 130, 121), (300, 70, 2, 3), (1, 2, 300, 301)]
 LAYOUTS = ("contiguous", "channels_last", "slices")
 RESULTS = ("y", "dx", "dweight", "dbias", "running_mean", "running_var")
@@ -76,6 +77,14 @@ def test_dtypes(backend, dtype, parameters, training):
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("size", MEDIUM_SIZES, ids=str)
+def test_medium(backend, size, layout, training):
+    for dtype in (torch.float32, torch.float16):
+        check(backend, (torch.randn(size) * 3 - 1).to(dtype), layout, training)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("size", LARGE_SIZES, ids=str)
 def test_large(native_backend, size, layout, training):
     for dtype in (torch.float32, torch.bfloat16):
@@ -84,7 +93,8 @@ def test_large(native_backend, size, layout, training):
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_mean_much_larger_than_deviation(backend, layout):
-    check(backend, torch.randn(4, 3, 6, 5) + 3000, layout)
+    for size in ((2, 3, 2, 2), (4, 3, 6, 5), (9, 6)):
+        check(backend, torch.randn(size) + 3000, layout)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])

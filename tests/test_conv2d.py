@@ -59,7 +59,20 @@ CASES = [
     Case("one image column", (2, 3, 13, 1), (4, 3, 4, 1), stride=(2, 1), padding=(1, 0)),
 ]
 
-# Large enough for full tiles, several blocks and split contractions.
+# Large enough for full tiles, several blocks and split contractions, also where kernels are emulated.
+MEDIUM_CASES = [
+    Case("full tiles", (2, 40, 11, 13), (70, 40, 3, 3), padding=(1, 1)),
+    Case("many filters", (1, 130, 5, 6), (140, 130, 1, 3), padding=(0, 1)),
+    Case("long contraction", (1, 300, 4, 5), (17, 300, 3, 3), padding=(1, 1)),
+    Case("large image", (1, 2, 67, 70), (3, 2, 3, 5), padding=(1, 2)),
+    Case("strided stem", (1, 3, 43, 37), (33, 3, 7, 5), (2, 3), (3, 2)),
+    Case("medium 1x1", (2, 100, 9, 8), (75, 100, 1, 1)),
+    Case("medium depthwise", (2, 67, 19, 17), (67, 1, 3, 3), (2, 1), (1, 1), groups=67),
+    Case("medium groups", (2, 48, 9, 10), (96, 6, 3, 3), padding=(1, 1), groups=8),
+    Case("medium dilated", (1, 33, 14, 15), (34, 33, 3, 3), padding=(4, 3), dilation=(4, 3)),
+    Case("large batch", (37, 5, 6, 7), (6, 5, 3, 2), padding=(1, 0)),
+]
+
 LARGE_CASES = [
     Case("dense", (3, 40, 29, 31), (70, 40, 3, 3), padding=(1, 1)),
     Case("strided stem", (2, 3, 67, 53), (40, 3, 7, 5), (2, 3), (3, 2)),
@@ -175,6 +188,21 @@ def test_every_algorithm_is_tested(backend):
     marks = {mark.args[0]: mark.args[1] for mark in test_algorithms.pytestmark}
     assert set(backend.algorithms) <= set(marks["algo"])
     check(backend, CASES[0], torch.float32)
+
+
+@pytest.mark.parametrize("algo", [None, "direct", "im2col", "depthwise"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("case", MEDIUM_CASES, ids=str)
+def test_medium(backend, case, layout, algo):
+    algorithm_or_skip(backend, case, algo)
+    check(backend, case, torch.float32, layout, algo)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("case", MEDIUM_CASES, ids=str)
+def test_medium_dtypes(backend, case, layout, dtype):
+    check(backend, case, dtype, layout)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])

@@ -38,6 +38,47 @@ def test_80020_152816_grouped_and_depthwise_beyond_2_31_elements_are_planned_wit
             assert 0 <= plan.workspace_bytes <= 8 * 2**30 and plan.split >= 1
 
 
+def huge_image(layout):
+    """More than 2^31 elements, of which only every 2^13th row and column is ever touched, so that little memory is."""
+    step, size = 2**13, (1, 2, 2**15 + 1, 2**15 + 1)
+    x = torch.empty(size, dtype=torch.float16, memory_format=layout)
+    assert x.numel() > 2**31
+    x[:, :, ::step, ::step] = torch.randn(1, 2, 5, 5).half()
+    return x, step
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "NHWC"])
+def test_117736_152816_offsets_beyond_2_31_in_convolutions(backend, layout):
+    x, step = huge_image(layout)
+    touched = x[:, :, ::step, ::step].contiguous()
+    if backend.device != "cpu":
+        x = backend.put(x)
+    for algo in (None, *backend.algorithms):
+        groups = 2 if algo == "depthwise" else 1
+        w, dy = torch.randn(2, 2 // groups, 1, 1).half(), torch.randn(1, 2, 5, 5).half()
+        expected = conv2d_reference(touched, w, None, dy, 1, 0, 1, groups)
+        leaf, upstream = backend.put(w).requires_grad_(), backend.put(dy)
+        try:
+            y = fastconv.conv2d(x, leaf, None, step, groups=groups, algo=algo)
+        except ValueError as error:  # an algorithm may refuse such sizes, but then another one must do them
+            assert algo not in (None, "direct") and "32 bits" in str(error)
+            continue
+        y.backward(upstream)
+        assert_close("y", y, expected[0])
+        assert_close("dw", leaf.grad, expected[2])
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "NHWC"])
+def test_34083_offsets_and_indices_beyond_2_31_in_pooling(backend, layout):
+    x, step = huge_image(layout)
+    touched = x[:, :, ::step, ::step].contiguous()
+    y, indices = fastconv.max_pool2d(backend.put(x), 2, 2 * step, 0, step, return_indices=True)
+    expected, small_indices = F.max_pool2d(touched, 2, 2, return_indices=True)
+    assert torch.equal(y.cpu(), expected)
+    rows, columns = small_indices // 5 * step, small_indices % 5 * step
+    assert torch.equal(indices.cpu(), rows * x.shape[3] + columns)
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "NHWC"])
 def test_150700_bfloat16_gradients_agree_with_float64(backend, layout):
     x, w, b = torch.randn(4, 24, 9, 8), torch.randn(20, 24, 3, 3), torch.randn(20)

@@ -16,38 +16,61 @@
 namespace fastconv::cpu {
 namespace {
 
-// sums[u] = start + Σ_t weights[t] · in[offsets[t] + u·lanes], V vectors at a time so that V chains of additions overlap
-template <typename T, int V>
-FASTCONV_INLINE void window_sums(const acc_t<T>* in, int64_t taps, const int64_t* offsets, const acc_t<T>* weights,
-                                 acc_t<T> start, vec_t<T>* sums) {
-  for (int u = 0; u < V; ++u) sums[u] = broadcast<T>(start);
+// Where a block's window sums go: element (i, j) to out + i·row + j·col.
+template <typename T>
+struct Target {
+  T* out;
+  int64_t row, col;
+};
+
+// A tile of Rows × V vectors of outputs, start + Σ_t weights[t] · in[offsets[t]]: enough chains of additions to overlap.
+template <typename T, int Rows, int V>
+FASTCONV_INLINE void window_tile(const acc_t<T>* in, int64_t in_pitch, int64_t taps, const int64_t* offsets,
+                                 const acc_t<T>* weights, acc_t<T> start, int64_t width, const Target<T>& to) {
+  vec_t<T> sums[Rows][V];
+  for (int i = 0; i < Rows; ++i)
+    for (int u = 0; u < V; ++u) sums[i][u] = broadcast<T>(start);
   for (int64_t t = 0; t < taps; ++t) {
     const vec_t<T> weight = broadcast<T>(weights[t]);
-    for (int u = 0; u < V; ++u) sums[u] += weight * load(in + offsets[t] + u * lanes<T>);
+    for (int i = 0; i < Rows; ++i)
+      for (int u = 0; u < V; ++u) sums[i][u] += weight * load(in + i * in_pitch + offsets[t] + u * lanes<T>);
+  }
+  for (int i = 0; i < Rows; ++i) {
+    for (int u = 0; u < V; ++u) {
+      const int64_t left = width - u * lanes<T>;
+      T* out = to.out + i * to.row + u * lanes<T> * to.col;
+      if (to.col == 1 && left >= lanes<T>) {
+        store(out, sums[i][u]);
+      } else if (to.col == 1 && left > 0) {
+        store_first(out, sums[i][u], left);
+      } else {
+        for (int lane = 0; lane < lanes<T>; ++lane)
+          if (lane < left) out[lane * to.col] = from_acc<T>(sums[i][u][lane]);
+      }
+    }
   }
 }
 
-// One row of outputs, written out_step apart. `in` may be read up to four vectors past the row.
+// Every output of a block. `in` may be read up to four vectors past its last row.
 template <typename T>
-void window_row(const acc_t<T>* in, int64_t count, int64_t taps, const int64_t* offsets, const acc_t<T>* weights,
-                acc_t<T> start, T* out, int64_t out_step) {
-  constexpr int V = 4;
-  for (int64_t j = 0; j < count; j += V * lanes<T>) {
-    vec_t<T> sums[V];
-    const int64_t left = count - j;
-    if (left > 2 * lanes<T>)
-      window_sums<T, V>(in + j, taps, offsets, weights, start, sums);
-    else
-      window_sums<T, 2>(in + j, taps, offsets, weights, start, sums);
-    for (int u = 0; u < V && u * lanes<T> < left; ++u) {
-      const int64_t width = min_of<int64_t>(lanes<T>, left - u * lanes<T>);
-      T* to = out + (j + u * lanes<T>) * out_step;
-      if (out_step == 1 && width == lanes<T>) {
-        store(to, sums[u]);
-      } else {
-        for (int64_t lane = 0; lane < width; ++lane) to[lane * out_step] = from_acc<T>(sums[u][lane]);
-      }
-    }
+void window_sums(const acc_t<T>* in, int64_t in_pitch, int64_t rows, int64_t cols, int64_t taps, const int64_t* offsets,
+                 const acc_t<T>* weights, acc_t<T> start, const Target<T>& to) {
+  int64_t i = 0;
+  const auto tile = [&](auto height, auto vectors, int64_t j) {
+    window_tile<T, height.value, vectors.value>(in + i * in_pitch + j, in_pitch, taps, offsets, weights, start,
+                                                cols - j, {to.out + i * to.row + j * to.col, to.row, to.col});
+  };
+  std::integral_constant<int, 1> one;
+  std::integral_constant<int, 2> two;
+  std::integral_constant<int, 4> four;
+  if (cols <= lanes<T>)
+    for (; i + 4 <= rows; i += 4) tile(four, one, 0);
+  if (cols <= 2 * lanes<T>)
+    for (; i + 2 <= rows; i += 2) tile(two, two, 0);
+  for (; i < rows; ++i) {
+    int64_t j = 0;
+    for (; j + 2 * lanes<T> < cols; j += 4 * lanes<T>) tile(one, four, j);
+    if (j < cols) tile(one, two, j);
   }
 }
 
@@ -69,10 +92,9 @@ void window_block(const T* source, const Axis& rows, int64_t i0, int64_t i_count
     }
   }
   stage_plane(source, rows, row_strips, i0, cols, col_strips, j0, stage);
-  for (int64_t i = 0; i < i_count; ++i)
-    window_row(stage + i * col_strips.elements(), j_count, taps, offsets, weights, start,
-               out + (rows.out_first + (i0 + i) * rows.out_step) * out_width + cols.out_first + j0 * cols.out_step,
-               cols.out_step);
+  window_sums<T>(stage, col_strips.elements(), i_count, j_count, taps, offsets, weights, start,
+                 {out + (rows.out_first + i0 * rows.out_step) * out_width + cols.out_first + j0 * cols.out_step,
+                  rows.out_step * out_width, cols.out_step});
 }
 
 template <typename T>
@@ -113,15 +135,6 @@ void dgrad_nchw(const Conv2dProblem& pr, const Conv2dPlan& plan, const T* dy, co
   });
 }
 
-// The lanes of v before `count`, zero in the others (whatever they hold: NaN · 0 would not do).
-template <typename T>
-FASTCONV_INLINE vec_t<T> first_lanes(vec_t<T> v, int64_t count) {
-  mask_t<T> lane;
-  for (int i = 0; i < lanes<T>; ++i) lane[i] = i;
-  using Lane = decltype(lane[0] + lane[0]);
-  return (vec_t<T>)((mask_t<T>)v & (lane < mask_t<T>{} + Lane(count)));
-}
-
 template <typename T>
 FASTCONV_INLINE acc_t<T> sum_lanes(vec_t<T> v) {
   acc_t<T> sum = 0;
@@ -129,20 +142,32 @@ FASTCONV_INLINE acc_t<T> sum_lanes(vec_t<T> v) {
   return sum;
 }
 
-// Σ_ij dy[i][j] · in[i][j], rows in_pitch apart in `in`; dy's rows are padded with zeros to whole vectors.
+// Σ_ij dy[i][j] · in[i][j], rows in_pitch apart in `in`; dy's rows are padded to whole vectors. What `in` holds past a
+// row is masked out, since NaN · 0 would not vanish.
 template <typename T>
 acc_t<T> dot_block(const acc_t<T>* dy, int64_t i_count, int64_t j_count, const acc_t<T>* in, int64_t in_pitch) {
-  const int64_t full = j_count / lanes<T> * lanes<T>, left = j_count - full;
-  vec_t<T> sums[4] = {};
-  for (int64_t i = 0; i < i_count; ++i, in += in_pitch) {
+  const int64_t full = j_count / lanes<T> * lanes<T>;
+  mask_t<T> tail;
+  for (int lane = 0; lane < lanes<T>; ++lane) tail[lane] = full + lane < j_count ? -1 : 0;
+  const int64_t dy_pitch = ceil_div(j_count, lanes<T>) * lanes<T>;
+  vec_t<T> even[2] = {}, odd[2] = {};
+  const auto add_row = [&](int64_t i, vec_t<T>(&sums)[2]) {
+    const acc_t<T> *d = dy + i * dy_pitch, *v = in + i * in_pitch;
     int64_t j = 0;
-    for (; j + 4 * lanes<T> <= full; j += 4 * lanes<T>)
-      for (int u = 0; u < 4; ++u) sums[u] += load(dy + j + u * lanes<T>) * load(in + j + u * lanes<T>);
-    for (; j < full; j += lanes<T>) sums[i % 2] += load(dy + j) * load(in + j);
-    if (left) sums[2 + i % 2] += load(dy + full) * first_lanes<T>(load(in + full), left);
-    dy += left ? full + lanes<T> : full;
+    for (; j + 2 * lanes<T> <= full; j += 2 * lanes<T>) {
+      sums[0] += load(d + j) * load(v + j);
+      sums[1] += load(d + j + lanes<T>) * load(v + j + lanes<T>);
+    }
+    if (j < full) sums[0] += load(d + j) * load(v + j);
+    if (full < j_count) sums[1] += load(d + full) * (vec_t<T>)((mask_t<T>)load(v + full) & tail);
+  };
+  int64_t i = 0;
+  for (; i + 2 <= i_count; i += 2) {
+    add_row(i, even);
+    add_row(i + 1, odd);
   }
-  return sum_lanes<T>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  if (i < i_count) add_row(i, even);
+  return sum_lanes<T>((even[0] + even[1]) + (odd[0] + odd[1]));
 }
 
 // partial[piece][c][tap], the last of which is the bias: a piece is a share of the images.
@@ -162,14 +187,13 @@ void wgrad_nchw(const Conv2dProblem& pr, const Conv2dPlan& plan, const T* dy, co
           const int64_t i_count = min_of<int64_t>(plan.tile_m, pr.P - i0);
           const int64_t j_count = min_of<int64_t>(plan.tile_n, pr.Q - j0);
           const int64_t pitch = ceil_div(j_count, lanes<T>) * lanes<T>;
+          vec_t<T> bias_sum{};
           for (int64_t i = 0; i < i_count; ++i) {
             acc_t<T>* row = dy_block + i * pitch;
-            copy_strided(dy + ((n * pr.C + c) * pr.P + i0 + i) * pr.Q + j0, 1, row, j_count);
-            fill_zero<T>(row + j_count, pitch - j_count);
-            vec_t<T> row_sum{};
-            for (int64_t j = 0; j < pitch; j += lanes<T>) row_sum += load(row + j);
-            sums[taps] += sum_lanes<T>(row_sum);
+            copy_strided<true>(dy + ((n * pr.C + c) * pr.P + i0 + i) * pr.Q + j0, 1, row, j_count);  // zeros to pitch
+            for (int64_t j = 0; j < pitch; j += lanes<T>) bias_sum += load(row + j);
           }
+          sums[taps] += sum_lanes<T>(bias_sum);
           const Strips row_strips = make_strips(rows, i_count), col_strips = make_strips(cols, j_count);
           acc_t<T>* stage = dy_block + i_count * pitch;
           stage_plane(x + (n * pr.C + c) * pr.H * pr.W, rows, row_strips, i0, cols, col_strips, j0, stage);
@@ -193,26 +217,28 @@ void transpose_weights(const Conv2dProblem& pr, const T* w, acc_t<T>* weights) {
     for (int64_t t = 0; t < pr.R * pr.S; ++t) weights[t * pr.C + c] = to_acc(w[c * pr.R * pr.S + t]);
 }
 
-// Calls visit.operator()<V>(c) for V vectors of channels from c on, then visit_one(c) for those that fill no vector.
+// Calls visit(c, V) for V vectors of channels from c on, then visit_one(c) for each channel that fills no vector.
 template <typename T, typename Visit, typename VisitOne>
 FASTCONV_INLINE void for_channels(int64_t channels, const Visit& visit, const VisitOne& visit_one) {
   int64_t c = 0;
-  for (; c + 4 * lanes<T> <= channels; c += 4 * lanes<T>) visit(c, std::integral_constant<int, 4>());
+  for (; c + 2 * lanes<T> <= channels; c += 2 * lanes<T>) visit(c, std::integral_constant<int, 2>());
   for (; c + lanes<T> <= channels; c += lanes<T>) visit(c, std::integral_constant<int, 1>());
   for (; c < channels; ++c) visit_one(c);
 }
 
-// One output pixel of every channel: out[c] = bias[c] + Σ filter[tap][c] · source[pixel of the tap][c].
-template <typename T>
-void window_pixel(const T* source, const Axis& rows, int64_t i, const Axis& cols, int64_t j, int64_t channels,
-                  const acc_t<T>* weights, int64_t filter_width, const T* bias, T* out) {
+// `Pixels` neighbouring outputs from (i, j) on, of every channel: out[c] = bias[c] + Σ filter[tap][c] · source[c].
+// With one pixel, taps in the padding are left out; with more, the columns of all taps lie inside.
+template <typename T, int Pixels>
+void window_pixels(const T* source, const Axis& rows, int64_t i, const Axis& cols, int64_t j, int64_t channels,
+                   const acc_t<T>* weights, int64_t filter_width, const T* bias, T* out) {
+  const int64_t in_step = cols.step * channels, out_step = cols.out_step * channels;
   const auto for_taps = [&](const auto& visit) {
     for (int64_t a = 0; a < rows.taps; ++a) {
       const int64_t row = i * rows.step + rows.first + a * rows.inc;
       if (row < 0 || row >= rows.source) continue;
       for (int64_t b = 0; b < cols.taps; ++b) {
         const int64_t col = j * cols.step + cols.first + b * cols.inc;
-        if (col < 0 || col >= cols.source) continue;
+        if (Pixels == 1 && (col < 0 || col >= cols.source)) continue;
         const int64_t tap = (rows.filter_first + a * rows.filter_step) * filter_width + cols.filter_first +
                             b * cols.filter_step;
         visit(source + (row * cols.source + col) * channels, weights + tap * channels);
@@ -223,18 +249,49 @@ void window_pixel(const T* source, const Axis& rows, int64_t i, const Axis& cols
       channels,
       [&](int64_t c, auto vectors) {
         constexpr int V = decltype(vectors)::value;
-        vec_t<T> sums[V];
-        for (int u = 0; u < V; ++u) sums[u] = bias ? load(bias + c + u * lanes<T>) : vec_t<T>{};
-        for_taps([&](const T* pixel, const acc_t<T>* weight) {
-          for (int u = 0; u < V; ++u) sums[u] += load(weight + c + u * lanes<T>) * load(pixel + c + u * lanes<T>);
+        vec_t<T> sums[Pixels][V];
+        for (int u = 0; u < V; ++u)
+          for (int pixel = 0; pixel < Pixels; ++pixel)
+            sums[pixel][u] = bias ? load(bias + c + u * lanes<T>) : vec_t<T>{};
+        for_taps([&](const T* in, const acc_t<T>* weight) {
+          for (int u = 0; u < V; ++u) {
+            const vec_t<T> w = load(weight + c + u * lanes<T>);
+            for (int pixel = 0; pixel < Pixels; ++pixel)
+              sums[pixel][u] += w * load(in + pixel * in_step + c + u * lanes<T>);
+          }
         });
-        for (int u = 0; u < V; ++u) store(out + c + u * lanes<T>, sums[u]);
+        for (int pixel = 0; pixel < Pixels; ++pixel)
+          for (int u = 0; u < V; ++u) store(out + pixel * out_step + c + u * lanes<T>, sums[pixel][u]);
       },
       [&](int64_t c) {
-        acc_t<T> sum = bias ? to_acc(bias[c]) : 0;
-        for_taps([&](const T* pixel, const acc_t<T>* weight) { sum += weight[c] * to_acc(pixel[c]); });
-        out[c] = from_acc<T>(sum);
+        for (int pixel = 0; pixel < Pixels; ++pixel) {
+          acc_t<T> sum = bias ? to_acc(bias[c]) : 0;
+          for_taps([&](const T* in, const acc_t<T>* weight) { sum += weight[c] * to_acc(in[pixel * in_step + c]); });
+          out[pixel * out_step + c] = from_acc<T>(sum);
+        }
       });
+}
+
+// One row of outputs.
+template <typename T>
+void window_row_nhwc(const T* source, const Axis& rows, int64_t i, const Axis& cols, int64_t channels,
+                     const acc_t<T>* weights, int64_t filter_width, const T* bias, T* out) {
+  const int64_t last = cols.first + (cols.taps - 1) * cols.inc;  // column of the last tap of output 0
+  const int64_t low = min_of(cols.first, last), high = max_of(cols.first, last);
+  const int64_t begin = min_of(cols.outputs, low < 0 ? ceil_div(-low, cols.step) : 0);
+  const int64_t end = max_of(begin, min_of(cols.outputs, high < cols.source
+                                                             ? (cols.source - 1 - high) / cols.step + 1 : 0));
+  T* to = out + cols.out_first * channels;
+  const int64_t out_step = cols.out_step * channels;
+  int64_t j = 0;
+  const auto one = [&] {
+    window_pixels<T, 1>(source, rows, i, cols, j, channels, weights, filter_width, bias, to + j * out_step);
+    ++j;
+  };
+  while (j < begin) one();
+  for (; j + 4 <= end; j += 4)
+    window_pixels<T, 4>(source, rows, i, cols, j, channels, weights, filter_width, bias, to + j * out_step);
+  while (j < cols.outputs) one();
 }
 
 template <typename T>
@@ -243,9 +300,8 @@ void fprop_nhwc(const Conv2dProblem& pr, const T* x, const T* w, const T* bias, 
   const Axis rows = fprop_rows(pr), cols = fprop_cols(pr);
   transpose_weights(pr, w, weights);
   for_each_task(parallel, pr.N * pr.P, [&](int, int64_t task) {
-    for (int64_t q = 0; q < pr.Q; ++q)
-      window_pixel(x + task / pr.P * pr.H * pr.W * pr.C, rows, task % pr.P, cols, q, pr.C, weights, pr.S, bias,
-                   y + (task * pr.Q + q) * pr.C);
+    window_row_nhwc(x + task / pr.P * pr.H * pr.W * pr.C, rows, task % pr.P, cols, pr.C, weights, pr.S, bias,
+                    y + task * pr.Q * pr.C);
   });
 }
 
@@ -255,12 +311,9 @@ void dgrad_nhwc(const Conv2dProblem& pr, const T* dy, const T* w, T* dx, acc_t<T
   for_each_task(parallel, pr.N * pr.H, [&](int, int64_t task) {
     const int64_t n = task / pr.H, h = task % pr.H;
     const Axis rows = dgrad_rows(pr, h % pr.stride_h);
-    for (int64_t b = 0; b < min_of(pr.stride_w, pr.W); ++b) {
-      const Axis cols = dgrad_cols(pr, b);
-      for (int64_t j = 0; j < cols.outputs; ++j)
-        window_pixel<T>(dy + n * pr.P * pr.Q * pr.C, rows, h / pr.stride_h, cols, j, pr.C, weights, pr.S, nullptr,
-                        dx + (task * pr.W + b + j * pr.stride_w) * pr.C);
-    }
+    for (int64_t b = 0; b < min_of(pr.stride_w, pr.W); ++b)
+      window_row_nhwc<T>(dy + n * pr.P * pr.Q * pr.C, rows, h / pr.stride_h, dgrad_cols(pr, b), pr.C, weights, pr.S,
+                         nullptr, dx + task * pr.W * pr.C);
   });
 }
 

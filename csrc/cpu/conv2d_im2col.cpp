@@ -38,10 +38,11 @@ void wgrad(const Conv2dProblem& problem, const Conv2dPlan& plan, const void* dy,
            void* workspace, void* scratch, const Parallel& parallel) {
   dispatch(problem.dtype, [&](auto element) {
     using T = decltype(element);
-    const WgradOut<T> out{(T*)dw, (T*)db, plan.split > 1 ? (acc_t<T>*)workspace : nullptr};
+    const WgradOut<T> out{(T*)dw, (T*)db, plan.split > 1 ? (acc_t<T>*)workspace : nullptr,
+                          problem.w_elements(), problem.K};
     const auto run = along_pixels(problem, plan.direction) ? wgrad_pixels<T> : wgrad_channels<T>;
     run(problem, plan, (const T*)dy, (const T*)x, out, (char*)scratch, parallel);
-    if (plan.split > 1) add_pieces(problem, plan, out, parallel);
+    if (plan.split > 1) add_pieces(out, plan.split, parallel);
   });
 }
 

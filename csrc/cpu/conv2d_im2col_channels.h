@@ -254,11 +254,11 @@ void wgrad_channels(const Conv2dProblem& pr, const Conv2dPlan& plan, const T* dy
       multiply_block(k_count, panels, count, a, 1, a_col, b, b_panel, c, c_row, true);
       if (t0 == 0) add_rows(a, a_col, count, k_count, bias_sums);
     }
-    for (int64_t k = 0; k < k_count; ++k) {
-      const int64_t filter = group * kg + k0 + k;
-      for (int64_t t = 0; t < t_count; ++t) out.put(pr, piece, filter * depth + t0 + t, c[k * c_row + t]);
-      if (t0 == 0) out.put(pr, piece, pr.w_elements() + filter, bias_sums[k]);
-    }
+    const int64_t filter = group * kg + k0;
+    out.with_piece(piece, [&](auto* dw, auto* db) {
+      for (int64_t k = 0; k < k_count; ++k) convert_row(c + k * c_row, t_count, dw + (filter + k) * depth + t0);
+      if (db && t0 == 0) convert_row(bias_sums, k_count, db + filter);
+    });
   });
 }
 

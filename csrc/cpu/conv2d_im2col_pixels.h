@@ -419,16 +419,19 @@ void wgrad_pixels(const Conv2dProblem& pr, const Conv2dPlan& plan, const T* dy_d
       multiply_block(m_count, panels, pixels, a, a_row, 1, b, b_panel, c, c_row, true);
       if (c0 == 0 && tap0 == 0) add_panel_rows(b, panels, pixels, bias_sums);
     }
-    for (int64_t k = 0; k < k_count; ++k) {
-      const int64_t filter = group * kg + k0 + k;
-      for (int64_t ch = 0; ch < c_count; ++ch)
-        for (int64_t tap = 0; tap < tap_count; ++tap)
-          out.put(pr, piece,
-                  pr.layout == Layout::NCHW ? (filter * cg + c0 + ch) * taps + tap0 + tap
-                                            : (filter * taps + tap0 + tap) * cg + c0 + ch,
-                  c[(ch * tap_count + tap) * c_row + k]);
-      if (c0 == 0 && tap0 == 0) out.put(pr, piece, pr.w_elements() + filter, bias_sums[k]);
-    }
+    const int64_t filter = group * kg + k0;
+    out.with_piece(piece, [&](auto* dw, auto* db) {
+      if (pr.layout == Layout::NCHW) {  // (c, r, s) is contiguous: blocks of taps are those of one channel
+        transpose(c, c_row, m_count, k_count, dw + (filter * cg + c0) * taps + tap0, cg * taps);
+      } else {
+        for (int64_t k = 0; k < k_count; ++k)
+          for (int64_t tap = 0; tap < tap_count; ++tap)
+            for (int64_t ch = 0; ch < c_count; ++ch)
+              store_first(dw + ((filter + k) * taps + tap0 + tap) * cg + c0 + ch,
+                          load_first(c + (ch * tap_count + tap) * c_row + k, 1), 1);
+      }
+      if (db && c0 == 0 && tap0 == 0) convert_row(bias_sums, k_count, db + filter);
+    });
   });
 }
 

@@ -1,6 +1,8 @@
 // The padded, converted copy of a block of planes, from which windows are read without any test of borders.
 #pragma once
 
+#include <utility>
+
 #include "conv2d_axes.h"
 #include "isa.h"
 #include "transpose.h"
@@ -10,15 +12,32 @@ namespace {
 
 template <typename T>
 FASTCONV_INLINE void fill_zero(acc_t<T>* out, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) out[i] = 0;
+  int64_t i = 0;
+  for (; i + lanes<T> <= count; i += lanes<T>) store(out + i, vec_t<T>{});
+  if (i < count) store_first(out + i, vec_t<T>{}, count - i);
 }
 
-// out[i] = source[i·step]
-template <typename T>
+template <typename E, int... J>
+FASTCONV_INLINE vec_t<E> even_lanes(vec_t<E> a, vec_t<E> b, std::integer_sequence<int, J...>) {
+  return shuffle<E, 2 * J...>(a, b);
+}
+
+// out[i] = source[i·step]. Spill: whole vectors may be stored past the end of out.
+template <bool Spill = false, typename T>
 FASTCONV_INLINE void copy_strided(const T* source, int64_t step, acc_t<T>* out, int64_t count) {
   int64_t i = 0;
-  if (step == 1)
+  if (step == 1) {
     for (; i + lanes<T> <= count; i += lanes<T>) store(out + i, load(source + i));
+    if (i == count) return;
+    const vec_t<T> rest = load_first(source + i, count - i);
+    if (Spill) store(out + i, rest);
+    else store_first(out + i, rest, count - i);
+    return;
+  }
+  if (step == 2)  // the second load reads one element past the last one that is needed
+    for (; i + lanes<T> < count; i += lanes<T>)
+      store(out + i, even_lanes<acc_t<T>>(load(source + 2 * i), load(source + 2 * i + lanes<T>),
+                                          std::make_integer_sequence<int, lanes<T>>()));
   for (; i < count; ++i) out[i] = to_acc(source[i * step]);
 }
 
@@ -32,30 +51,33 @@ FASTCONV_INLINE Inside inside_strip(const Axis& axis, int64_t first, int64_t len
   return {begin, max_of(begin, end)};
 }
 
-// One strip of an axis: out[i] = source[(first + i·axis.step)·pitch], 0 outside the source.
-template <typename T>
-void stage_strip(const T* source, const Axis& axis, int64_t first, acc_t<T>* out, int64_t length) {
-  const auto [begin, end] = inside_strip(axis, first, length);
-  fill_zero<T>(out, begin);
-  copy_strided(source + first + begin * axis.step, axis.step, out + begin, end - begin);
-  fill_zero<T>(out + end, length - end);
-}
-
-// out[row strip][row][col strip][col]: what the outputs from (i0, j0) on read of a plane.
+// out[row strip][row][col strip][col]: what the outputs from (i0, j0) on read of a plane. Vectors spill into what is
+// written next, and past the end.
 template <typename T>
 void stage_plane(const T* plane, const Axis& rows, const Strips& row_strips, int64_t i0, const Axis& cols,
                  const Strips& col_strips, int64_t j0, acc_t<T>* out) {
+  const auto zero = [](acc_t<T>* to, int64_t count) {
+    for (int64_t i = 0; i < count; i += lanes<T>) store(to + i, vec_t<T>{});
+  };
+  int64_t first = col_strips.origin(cols, 0, j0);
+  Inside inside = inside_strip(cols, first, col_strips.length);
   for (int64_t a = 0; a < row_strips.count; ++a) {
-    for (int64_t i = 0; i < row_strips.length; ++i) {
-      const int64_t row = row_strips.origin(rows, a, i0) + i * rows.step;
-      if (row < 0 || row >= rows.source) {
-        fill_zero<T>(out, col_strips.elements());
-      } else {
-        for (int64_t b = 0; b < col_strips.count; ++b)
-          stage_strip(plane + row * cols.source, cols, col_strips.origin(cols, b, j0), out + b * col_strips.length,
-                      col_strips.length);
+    int64_t row = row_strips.origin(rows, a, i0);
+    for (int64_t i = 0; i < row_strips.length; ++i, row += rows.step) {
+      for (int64_t b = 0; b < col_strips.count; ++b, out += col_strips.length) {
+        if (row < 0 || row >= rows.source) {
+          zero(out, col_strips.length);
+          continue;
+        }
+        if (col_strips.count > 1) {
+          first = col_strips.origin(cols, b, j0);
+          inside = inside_strip(cols, first, col_strips.length);
+        }
+        zero(out, inside.begin);
+        copy_strided<true>(plane + row * cols.source + first + inside.begin * cols.step, cols.step, out + inside.begin,
+                           inside.end - inside.begin);
+        zero(out + inside.end, col_strips.length - inside.end);
       }
-      out += col_strips.elements();
     }
   }
 }

@@ -11,28 +11,38 @@ template <typename T>
 struct WgradOut {
   T *dw, *db;
   acc_t<T>* partial;  // [piece][w_elements + K], or null
+  int64_t w_elements, K;
 
-  // index: into dw, or behind it into db
-  FASTCONV_INLINE void put(const Conv2dProblem& pr, int64_t piece, int64_t index, acc_t<T> value) const {
-    if (partial) partial[piece * (pr.w_elements() + pr.K) + index] = value;
-    else if (index < pr.w_elements()) dw[index] = from_acc<T>(value);
-    else if (db) db[index - pr.w_elements()] = from_acc<T>(value);
+  // Calls write(dw, db or null) with the pointers that the piece's sums belong to.
+  template <typename Write>
+  FASTCONV_INLINE void with_piece(int64_t piece, const Write& write) const {
+    acc_t<T>* sums = partial + piece * (w_elements + K);
+    if (partial) write(sums, sums + w_elements);
+    else write(dw, db);
   }
 };
 
 // dw and db from the pieces, added in order.
 template <typename T>
-void add_pieces(const Conv2dProblem& pr, const Conv2dPlan& plan, const WgradOut<T>& out, const Parallel& parallel) {
+void add_pieces(const WgradOut<T>& out, int64_t pieces, const Parallel& parallel) {
   constexpr int64_t chunk = 4096;
-  const int64_t total = pr.w_elements() + pr.K;
-  const WgradOut<T> whole{out.dw, out.db, nullptr};
+  const int64_t total = out.w_elements + out.K;
   for_each_task(parallel, ceil_div(total, chunk), [&](int, int64_t task) {
     for (int64_t i = task * chunk; i < min_of(total, (task + 1) * chunk); ++i) {
       acc_t<T> sum = 0;
-      for (int64_t piece = 0; piece < plan.split; ++piece) sum += out.partial[piece * total + i];
-      whole.put(pr, 0, i, sum);
+      for (int64_t piece = 0; piece < pieces; ++piece) sum += out.partial[piece * total + i];
+      if (i < out.w_elements) out.dw[i] = from_acc<T>(sum);
+      else if (out.db) out.db[i - out.w_elements] = from_acc<T>(sum);
     }
   });
+}
+
+// out[i] = values[i]
+template <typename E, typename Out>
+FASTCONV_INLINE void convert_row(const E* values, int64_t count, Out* out) {
+  int64_t i = 0;
+  for (; i + lanes<E> <= count; i += lanes<E>) store(out + i, load(values + i));
+  if (i < count) store_first(out + i, load_first(values + i, count - i), count - i);
 }
 
 }  // namespace

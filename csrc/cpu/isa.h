@@ -212,16 +212,36 @@ FASTCONV_INLINE void store_first(float* p, vec_t<float> v, int64_t count) {
   _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1), (__m512)v);
 }
 #elif defined(__AVX2__)
-FASTCONV_INLINE __m256i first_lanes_mask(int64_t count) {
-  return _mm256_cmpgt_epi32(_mm256_set1_epi32(int(count)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
-}
 FASTCONV_INLINE vec_t<float> load_first(const float* p, int64_t count) {
-  return (vec_t<float>)_mm256_maskload_ps(p, first_lanes_mask(count));
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return (vec_t<float>)_mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(int(count)), lane));
 }
-FASTCONV_INLINE void store_first(float* p, vec_t<float> v, int64_t count) {
-  _mm256_maskstore_ps(p, first_lanes_mask(count), (__m256)v);
+FASTCONV_INLINE void store_first(float* p, vec_t<float> v, int64_t count) {  // masked stores are slow on AMD
+  if (count >= lanes<float>) return store(p, v);
+  __m128 part = _mm256_castps256_ps128((__m256)v);
+  if (count & 4) {
+    _mm_storeu_ps(p, part);
+    part = _mm256_extractf128_ps((__m256)v, 1);
+    p += 4;
+  }
+  if (count & 2) {
+    _mm_storel_pi((__m64*)p, part);
+    part = _mm_movehl_ps(part, part);
+    p += 2;
+  }
+  if (count & 1) _mm_store_ss(p, part);
 }
 #endif
+
+// Lanes J of a followed by b.
+template <typename E, int... J>
+FASTCONV_INLINE vec_t<E> shuffle(vec_t<E> a, vec_t<E> b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, J...);
+#else
+  return __builtin_shuffle(a, b, mask_t<E>{J...});
+#endif
+}
 
 // Distributes tasks 0 … tasks−1 over the workers: task(worker, index). Which worker takes a task is left to chance, so
 // a task must write its own outputs only, and compute them in an order of its own: then the bits do not depend on it.

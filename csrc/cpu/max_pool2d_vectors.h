@@ -1,4 +1,4 @@
-// Vectors of strided elements and of window offsets, for max_pool2d.cpp.
+// Max pooling: vectors of strided elements and of window offsets, and how the work is cut.
 #pragma once
 
 #include "isa.h"
@@ -9,6 +9,23 @@
 
 namespace fastconv::cpu {
 namespace {
+
+constexpr int64_t task_elements = 1 << 14;    // outputs (or elements of dx) of a task
+constexpr int64_t segment_columns = 1 << 12;  // NCHW: a row longer than this is done in segments
+
+// A walk over planes of rows × columns.
+struct Walk {
+  int64_t rows, columns, column, row, plane;
+  Walk(int64_t i, int64_t rows, int64_t columns)
+      : rows(rows), columns(columns), column(i % columns), row(i / columns % rows), plane(i / columns / rows) {}
+  FASTCONV_INLINE void next() {
+    if (++column < columns) return;
+    column = 0;
+    if (++row < rows) return;
+    row = 0;
+    ++plane;
+  }
+};
 
 // even, odd: every second element of a and b, in an order of its own, which in_order() undoes.
 // low_pairs, high_pairs: a[0], b[0], a[1], b[1] … and the same of the upper halves.
@@ -48,7 +65,9 @@ FASTCONV_INLINE vfloat odd(vfloat a, vfloat b) { return __builtin_shufflevector(
 FASTCONV_INLINE vec_t<double> even(vec_t<double> a, vec_t<double> b) {
   return __builtin_shufflevector(a, b, 0, 4, 2, 6);
 }
-FASTCONV_INLINE vec_t<double> odd(vec_t<double> a, vec_t<double> b) { return __builtin_shufflevector(a, b, 1, 5, 3, 7); }
+FASTCONV_INLINE vec_t<double> odd(vec_t<double> a, vec_t<double> b) {
+  return __builtin_shufflevector(a, b, 1, 5, 3, 7);
+}
 template <typename V>
 FASTCONV_INLINE V in_order(V v) {
   const vec_t<double> pairs = (vec_t<double>)v;
@@ -75,7 +94,9 @@ FASTCONV_INLINE V in_order(V v) {
 }
 FASTCONV_INLINE vfloat low_pairs(vfloat a, vfloat b) { return __builtin_shufflevector(a, b, 0, 4, 1, 5); }
 FASTCONV_INLINE vfloat high_pairs(vfloat a, vfloat b) { return __builtin_shufflevector(a, b, 2, 6, 3, 7); }
-FASTCONV_INLINE vec_t<double> low_pairs(vec_t<double> a, vec_t<double> b) { return __builtin_shufflevector(a, b, 0, 2); }
+FASTCONV_INLINE vec_t<double> low_pairs(vec_t<double> a, vec_t<double> b) {
+  return __builtin_shufflevector(a, b, 0, 2);
+}
 FASTCONV_INLINE vec_t<double> high_pairs(vec_t<double> a, vec_t<double> b) {
   return __builtin_shufflevector(a, b, 1, 3);
 }
@@ -129,8 +150,17 @@ FASTCONV_INLINE bool any(M mask) {
 #endif
 }
 
-// Offsets within a window are kept in 1, 2 or 4 bytes and computed in the lanes of mask_t<T>. Bytes, the usual case, are
-// spelled out: GCC 12 converts them one by one.
+// `tap` in every lane.
+template <typename T>
+FASTCONV_INLINE mask_t<T> all_taps(int64_t tap) {
+  if constexpr (sizeof(acc_t<T>) == 4)
+    return mask_t<T>{} + int32_t(tap);
+  else
+    return mask_t<T>{} + tap;
+}
+
+// Offsets within a window are kept in 1, 2 or 4 bytes and computed in the lanes of mask_t<T>. Bytes, the usual case,
+// are spelled out: GCC 12 converts them one by one.
 template <typename T, typename Offset>
 struct OffsetVector {
   typedef Offset type __attribute__((vector_size(lanes<T> * sizeof(Offset))));
@@ -162,8 +192,8 @@ FASTCONV_INLINE void store_offsets(Offset* p, mask_t<T> v) {
 #if defined(__SSE2__) && !defined(__AVX512F__)
   if constexpr (sizeof(Offset) == 1) {
 #if defined(__AVX2__)
-    const __m256i ints = lanes<T> == 8 ? (__m256i)v
-                                       : _mm256_permutevar8x32_epi32((__m256i)v, _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6));
+    const __m256i even_ints = _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6);
+    const __m256i ints = lanes<T> == 8 ? (__m256i)v : _mm256_permutevar8x32_epi32((__m256i)v, even_ints);
     const __m128i low = _mm256_castsi256_si128(ints), high = _mm256_extracti128_si256(ints, 1);
 #else
     const __m128i low = lanes<T> == 4 ? (__m128i)v : _mm_shuffle_epi32((__m128i)v, 0x88), high = low;

@@ -13,12 +13,7 @@ namespace {
 // a and lane j of b: one step of a butterfly.
 template <typename E, int Step, bool High, int... J>
 FASTCONV_INLINE vec_t<E> exchange(vec_t<E> a, vec_t<E> b, std::integer_sequence<int, J...>) {
-  constexpr int size = sizeof...(J);
-#if defined(__clang__)
-  return __builtin_shufflevector(a, b, ((J & Step) ? size + J - (High ? 0 : Step) : J + (High ? Step : 0))...);
-#else
-  return __builtin_shuffle(a, b, mask_t<E>{((J & Step) ? size + J - (High ? 0 : Step) : J + (High ? Step : 0))...});
-#endif
+  return shuffle<E, ((J & Step) ? lanes<E> + J - (High ? 0 : Step) : J + (High ? Step : 0))...>(a, b);
 }
 
 template <typename E, int Step>

@@ -131,96 +131,131 @@ __global__ void col2im_kernel(const __grid_constant__ Gather g, const acc_t<T>* 
 
 unsigned blocks_of(int64_t threads) { return unsigned(ceil_div(threads, 256)); }
 
-// The matrices, of one chunk, that a convolution multiplies.
+// Pixels first … first + count − 1 of the planes of images image … image + images − 1. (Of dx in dgrad: rows.)
+struct Chunk {
+  int64_t image, images, first, count;
+  int64_t size() const { return images * count; }
+};
+
+// The matrices of one chunk that a convolution multiplies.
 struct Im2col {
   Conv2dProblem p;
+  Conv2dPlan plan;
+  Stream stream;
   Im2colChunks chunks;
   bool nchw;
   int64_t channels, filters, taps;  // of one group
+  int64_t plane;                    // P·Q
   char* matrix;                     // the workspace
   char* sums;
   char* row_sums;
 
-  Im2col(const Conv2dProblem& problem, const Conv2dPlan& plan, void* workspace)
+  Im2col(const Conv2dProblem& problem, const Conv2dPlan& plan, void* workspace, Stream stream)
       : p(normalized(problem)),
+        plan(plan),
+        stream(stream),
         chunks(im2col_chunks(p, plan.direction, plan.split)),
         nchw(p.layout == Layout::NCHW),
         channels(p.channels_per_group()),
         filters(p.filters_per_group()),
         taps(channels * p.R * p.S),
+        plane(p.P * p.Q),
         matrix(static_cast<char*>(workspace)),
         sums(matrix + chunks.matrix_bytes),
         row_sums(sums + chunks.sums_bytes) {}
 
-  // f(first image, images, first of the part, length of the part)
   template <typename F>
   Status for_each_chunk(int64_t whole, F&& f) const {
-    for (int64_t image = 0; image < p.N; image += chunks.images)
-      for (int64_t first = 0; first < whole; first += chunks.part)
-        if (Status s = f(image, std::min(chunks.images, p.N - image), first, std::min(chunks.part, whole - first));
-            !s.ok())
-          return s;
+    for (int64_t image = 0; image < p.N; image += chunks.images) {
+      for (int64_t first = 0; first < whole; first += chunks.part) {
+        const Chunk chunk = {image, std::min(chunks.images, p.N - image), first, std::min(chunks.part, whole - first)};
+        if (Status s = f(chunk); !s.ok()) return s;
+      }
+    }
     return {};
   }
 
-  // x, y and their gradients as (pixel, channel).
-  Index pixel_index(int64_t all_channels, int64_t plane, int64_t images) const {
-    Index index;
-    index.stride = nchw ? 1 : all_channels;
-    if (nchw && images > 1) index.outer_stride = all_channels * plane, index.inner = Divisor(plane);
-    return index;
+  // A chunk's pixels of y, dy or, where the windows are x itself, x and dx: tensors of C channels with P × Q pixels.
+  int64_t start(const Chunk& chunk, int64_t C) const {
+    return chunk.image * C * plane + chunk.first * (nchw ? 1 : C);
   }
-  Index channel_index(int64_t plane) const { return {nchw ? plane : 1, 0, {}}; }
-  int64_t group_stride(int64_t group_channels, int64_t plane) const { return group_channels * (nchw ? plane : 1); }
+  Index pixel_index(const Chunk& chunk, int64_t C) const {
+    if (nchw && chunk.images > 1) return {1, C * plane, Divisor(plane)};
+    return {nchw ? 1 : C, 0, {}};
+  }
+  Index channel_index() const { return {nchw ? plane : 1, 0, {}}; }
+  int64_t group_stride(int64_t C) const { return C / p.groups * (nchw ? plane : 1); }
 
+  // Views of (i, k) of the product.
   template <typename T>
-  Matrix pixels_by_channels(const T* data, int64_t first, int64_t all_channels, int64_t plane, int64_t images) const {
-    Matrix view;
-    view.data = data + first * (nchw ? 1 : all_channels);
-    view.i = pixel_index(all_channels, plane, images);
-    view.k = channel_index(plane);
-    view.batch_stride = group_stride(all_channels / p.groups, plane);
-    view.along_k = !nchw;
-    return view;
+  Matrix pixels_by_channels(const T* tensor, const Chunk& chunk, int64_t C) const {
+    return {tensor + start(chunk, C), pixel_index(chunk, C), channel_index(), group_stride(C), !nchw, false};
   }
-  Matrix filters_by_taps(const void* w) const {
-    Matrix view;
-    view.data = w;
-    view.i.stride = taps;
-    view.k.stride = 1;
-    view.batch_stride = filters * taps;
-    view.along_k = true;
-    return view;
-  }
-  // (pixel, tap): copied into the workspace, or x itself.
+  Matrix filters_by_taps(const void* w) const { return {w, {taps, 0, {}}, {1, 0, {}}, filters * taps, true, false}; }
   template <typename T>
-  Matrix pixels_by_taps(const T* x, int64_t first, int64_t pixels, int64_t images) const {
-    if (chunks.identity) return pixels_by_channels(x, first, p.C, p.P * p.Q, images);
-    const int64_t pitch = round_up(nchw ? pixels : taps, 4);
-    Matrix view;
-    view.data = matrix;
-    view.i.stride = nchw ? 1 : pitch;
-    view.k.stride = nchw ? pitch : 1;
-    view.batch_stride = nchw ? taps * pitch : pixels * pitch;
-    view.along_k = !nchw;
-    view.quads = true;
-    return view;
+  Matrix pixels_by_taps(const T* x, const Chunk& chunk) const {
+    if (chunks.identity) return pixels_by_channels(x, chunk, p.C);
+    const int64_t pitch = round_up(nchw ? chunk.size() : taps, 4);
+    const Index along_row = {1, 0, {}}, along_column = {pitch, 0, {}};
+    if (nchw) return {matrix, along_row, along_column, taps * pitch, false, true};
+    return {matrix, along_column, along_row, chunk.size() * pitch, true, true};
+  }
+  static Matrix transposed(const Matrix& m) { return {m.data, m.k, m.i, m.batch_stride, !m.along_k, m.quads}; }
+
+  // A product of something of the pixels with something of the channels, a·bᵀ of NCHW and b·aᵀ of NHWC, so that the
+  // rows of the result are contiguous in memory.
+  Gemm product(const Matrix& by_channels, int64_t m, const Matrix& by_pixels, int64_t n, int64_t k) const {
+    Gemm g = {};
+    g.a = nchw ? by_channels : by_pixels;
+    g.b = nchw ? by_pixels : by_channels;
+    g.m = int(nchw ? m : n);
+    g.n = int(nchw ? n : m);
+    g.k = int(k);
+    g.batches = int(p.groups);
+    return g;
   }
 
+  // The product as the chunk's pixels of a tensor of C channels.
   template <typename T>
-  Status copy_windows(const T* x, int64_t first, int64_t pixels, Stream stream) const {
+  Status multiply_into(T* tensor, const Chunk& chunk, int64_t C, const T* bias, Gemm g) const {
+    g.c = tensor + start(chunk, C);
+    g.c_m = nchw ? channel_index() : pixel_index(chunk, C);
+    g.c_n = nchw ? pixel_index(chunk, C) : channel_index();
+    g.c_batch_stride = group_stride(C);
+    g.bias = bias;
+    g.bias_batch_stride = int(C / p.groups);
+    (nchw ? g.bias_m_stride : g.bias_n_stride) = 1;
+    if (plan.split > 1) g.partial = sums;
+    if (Status s = run_gemm<T>(g, plan.tile_m, plan.split, stream); !s.ok() || plan.split == 1) return s;
+    return add_splits<T>(g);
+  }
+
+  template <typename T>
+  Status add_splits(const Gemm& g) const {
+    OrderedSum s = {};
+    s.partial = g.partial, s.splits = plan.split;
+    s.batches = g.batches, s.m = g.m, s.n = g.n, s.pitch = round_up_4(g.n);
+    s.out = g.c, s.out_m = g.c_m, s.out_n = g.c_n, s.out_batch_stride = g.c_batch_stride;
+    s.bias = g.bias, s.bias_batch_stride = g.bias_batch_stride;
+    s.bias_m_stride = g.bias_m_stride, s.bias_n_stride = g.bias_n_stride;
+    return ordered_sum<T>(s, stream);
+  }
+
+  template <typename T>
+  Status copy_windows(const T* x, const Chunk& chunk) const {
     if (chunks.identity || taps == 0) return {};
+    x += chunk.image * p.C * p.H * p.W;
     Windows g = {};
     g.x = x_strides(p);
     g.H = int(p.H), g.W = int(p.W);
     g.stride_h = int(p.stride_h), g.stride_w = int(p.stride_w);
     g.pad_h = int(p.pad_h), g.pad_w = int(p.pad_w);
     g.dilation_h = int(p.dilation_h), g.dilation_w = int(p.dilation_w);
-    g.first = int(first), g.pixels = int(pixels);
-    g.rows = int(nchw ? p.groups * taps : p.groups * pixels);
-    g.pitch = int(round_up(nchw ? pixels : taps, 4));
+    g.first = int(chunk.first), g.pixels = int(chunk.size());
+    g.rows = int(p.groups * (nchw ? taps : chunk.size()));
+    g.pitch = int(round_up(nchw ? chunk.size() : taps, 4));
     g.taps = int(taps);
-    g.image = Divisor(p.P * p.Q), g.row = Divisor(p.Q), g.row_quads = Divisor(g.pitch / 4);
+    g.image = Divisor(plane), g.row = Divisor(p.Q), g.row_quads = Divisor(g.pitch / 4);
     g.filter = Divisor(p.R * p.S), g.filter_row = Divisor(p.S), g.channels = Divisor(channels);
     T* windows = reinterpret_cast<T*>(matrix);
     const dim3 grid(blocks_of(int64_t(g.rows) * (g.pitch / 4)));
@@ -230,150 +265,95 @@ struct Im2col {
     return launch("im2col_nhwc_kernel", im2col_nhwc_kernel<T>, grid, dim3(256), 0, stream, g, quads, x, windows);
   }
 
-  // Adds up the partial sums of a product.
+  // Rows of dx from the windows of a chunk of y.
   template <typename T>
-  Status add_splits(const Gemm& g, int splits, Stream stream) const {
-    OrderedSum s = {};
-    s.partial = g.partial, s.splits = splits;
-    s.batches = g.batches, s.m = g.m, s.n = g.n, s.pitch = round_up_4(g.n);
-    s.out = g.c, s.out_m = g.c_m, s.out_n = g.c_n, s.out_batch_stride = g.c_batch_stride;
-    s.bias = g.bias, s.bias_batch_stride = g.bias_batch_stride;
-    s.bias_m_stride = g.bias_m_stride, s.bias_n_stride = g.bias_n_stride;
-    return ordered_sum<T>(s, stream);
-  }
-
-  // Σ_k of pixels(m, k)·channels(j, k) into y or dx, as (pixel, channel): y[m][j] of NHWC, y[j][m] of NCHW.
-  template <typename T>
-  Status product(const Matrix& by_pixels, int64_t pixels, const Matrix& by_channels, int64_t group_channels, int64_t k,
-                 const T* bias, T* out, int64_t first, int64_t all_channels, int64_t plane, int64_t images,
-                 const Conv2dPlan& plan, Stream stream) const {
-    Gemm g = {};
-    g.a = nchw ? by_channels : by_pixels;
-    g.b = nchw ? by_pixels : by_channels;
-    g.m = int(nchw ? group_channels : pixels);
-    g.n = int(nchw ? pixels : group_channels);
-    g.k = int(k);
-    g.batches = int(p.groups);
-    g.c = out + first * (nchw ? 1 : all_channels);
-    const Index pixel = pixel_index(all_channels, plane, images), channel = channel_index(plane);
-    g.c_m = nchw ? channel : pixel;
-    g.c_n = nchw ? pixel : channel;
-    g.c_batch_stride = group_stride(group_channels, plane);
-    g.bias = bias;
-    g.bias_batch_stride = int(group_channels);
-    (nchw ? g.bias_m_stride : g.bias_n_stride) = 1;
-    if (plan.split > 1) g.partial = sums;
-    if (Status s = run_gemm<T>(g, plan.tile_m, plan.split, stream); !s.ok() || plan.split == 1) return s;
-    return add_splits<T>(g, plan.split, stream);
+  Status gather_windows(T* dx, const Chunk& rows, const Chunk& chunk) const {
+    const int64_t pitch = round_up(nchw ? chunk.size() : taps, 4);
+    Gather g = {};
+    g.x = x_strides(p);
+    g.count = int(rows.size() * p.C * p.W);
+    g.first_row = int(rows.first), g.rows = int(rows.count);
+    g.first = int(chunk.first), g.P = int(p.P), g.Q = int(p.Q);
+    g.R = int(p.R), g.S = int(p.S), g.pad_h = int(p.pad_h), g.pad_w = int(p.pad_w);
+    g.dilation_h = int(p.dilation_h), g.dilation_w = int(p.dilation_w);
+    g.pixel_stride = nchw ? 1 : pitch;
+    g.tap_stride = nchw ? pitch : channels;
+    if (nchw)
+      g.channel = {p.R * p.S * pitch, 0, {}};
+    else
+      g.channel = {1, chunk.size() * pitch, Divisor(channels)};
+    g.nchw = nchw;
+    g.channels = Divisor(p.C), g.part = Divisor(rows.count), g.width = Divisor(p.W);
+    g.stride_h = Divisor(p.stride_h), g.stride_w = Divisor(p.stride_w);
+    return launch("col2im_kernel", col2im_kernel<T>, dim3(blocks_of(g.count)), dim3(256), 0, stream, g,
+                  reinterpret_cast<const acc_t<T>*>(matrix), dx + rows.image * p.C * p.H * p.W);
   }
 };
 
 template <typename T>
-Status fprop(const Im2col& c, const Conv2dPlan& plan, const T* x, const T* w, const T* bias, T* y, Stream stream) {
-  const Conv2dProblem& p = c.p;
-  const int64_t plane = p.P * p.Q;
-  return c.for_each_chunk(plane, [&](int64_t image, int64_t images, int64_t first, int64_t count) {
-    const T* x_chunk = x + image * p.C * p.H * p.W;
-    const int64_t pixels = images * count;
-    if (Status s = c.copy_windows(x_chunk, first, pixels, stream); !s.ok()) return s;
-    return c.product(c.pixels_by_taps(x_chunk, first, pixels, images), pixels, c.filters_by_taps(w), c.filters, c.taps,
-                     bias, y + image * p.K * plane, first, p.K, plane, images, plan, stream);
+Status fprop(const Im2col& c, const T* x, const T* w, const T* bias, T* y) {
+  return c.for_each_chunk(c.plane, [&](const Chunk& chunk) {
+    if (Status s = c.copy_windows(x, chunk); !s.ok()) return s;
+    return c.multiply_into(
+        y, chunk, c.p.K, bias,
+        c.product(c.filters_by_taps(w), c.filters, c.pixels_by_taps(x, chunk), chunk.size(), c.taps));
   });
 }
 
 template <typename T>
-Status dgrad(const Im2col& c, const Conv2dPlan& plan, const T* dy, const T* w, T* dx, Stream stream) {
+Status dgrad(const Im2col& c, const T* dy, const T* w, T* dx) {
   const Conv2dProblem& p = c.p;
-  const int64_t plane = p.P * p.Q;
-  Matrix taps_by_filters = c.filters_by_taps(w);
-  std::swap(taps_by_filters.i, taps_by_filters.k);
-  taps_by_filters.along_k = false;
+  const auto product = [&](const Chunk& chunk) {
+    return c.product(Im2col::transposed(c.filters_by_taps(w)), c.taps, c.pixels_by_channels(dy, chunk, p.K),
+                     chunk.size(), c.filters);
+  };
   if (c.chunks.identity)
-    return c.for_each_chunk(plane, [&](int64_t image, int64_t images, int64_t first, int64_t count) {
-      const Matrix pixels_by_filters =
-          c.pixels_by_channels(dy + image * p.K * plane, first, p.K, plane, images);
-      return c.product<T>(pixels_by_filters, images * count, taps_by_filters, c.channels, c.filters, nullptr,
-                          dx + image * p.C * plane, first, p.C, plane, images, plan, stream);
+    return c.for_each_chunk(c.plane, [&](const Chunk& chunk) {
+      return c.multiply_into<T>(dx, chunk, p.C, nullptr, product(chunk));
     });
-
-  return c.for_each_chunk(p.H, [&](int64_t image, int64_t images, int64_t first_row, int64_t rows) {
-    // The rows of y whose windows reach these rows of dx.
-    const int64_t first_reach = first_row + p.pad_h - (p.R - 1) * p.dilation_h;
-    const int64_t first_p = first_reach > 0 ? std::min(pieces(first_reach, p.stride_h), p.P) : 0;
-    const int64_t end_p = std::max(std::min((first_row + rows - 1 + p.pad_h) / p.stride_h + 1, p.P), first_p);
-    const int64_t first = rows == p.H ? 0 : first_p * p.Q;
-    const int64_t count = rows == p.H ? plane : (end_p - first_p) * p.Q, pixels = images * count;
-    const int64_t pitch = round_up(c.nchw ? pixels : c.taps, 4);
-
-    Gemm g = {};
-    const Matrix pixels_by_filters = c.pixels_by_channels(dy + image * p.K * plane, first, p.K, plane, images);
-    g.a = c.nchw ? taps_by_filters : pixels_by_filters;
-    g.b = c.nchw ? pixels_by_filters : taps_by_filters;
-    g.m = int(c.nchw ? c.taps : pixels);
-    g.n = int(c.nchw ? pixels : c.taps);
-    g.k = int(c.filters);
-    g.batches = int(p.groups);
+  return c.for_each_chunk(p.H, [&](const Chunk& rows) {
+    // The rows of y whose windows reach these rows of dx; those of several images must be whole to be counted through.
+    const int64_t last = (rows.first + rows.count - 1 + p.pad_h) / p.stride_h;
+    const int64_t first = pieces(std::max<int64_t>(rows.first + p.pad_h - (p.R - 1) * p.dilation_h, 0), p.stride_h);
+    Chunk chunk = {rows.image, rows.images, 0, c.plane};
+    if (rows.count < p.H) {
+      chunk.first = std::min(first, p.P) * p.Q;
+      chunk.count = std::max<int64_t>(std::min(last + 1, p.P) * p.Q - chunk.first, 0);
+    }
+    Gemm g = product(chunk);
     g.partial = c.matrix;
-    if (Status s = run_gemm<T>(g, plan.tile_m, 1, stream); !s.ok()) return s;
-
-    Gather back = {};
-    back.x = x_strides(p);
-    back.count = int(images * p.C * rows * p.W);
-    back.first_row = int(first_row), back.rows = int(rows);
-    back.first = int(first), back.P = int(p.P), back.Q = int(p.Q);
-    back.R = int(p.R), back.S = int(p.S), back.pad_h = int(p.pad_h), back.pad_w = int(p.pad_w);
-    back.dilation_h = int(p.dilation_h), back.dilation_w = int(p.dilation_w);
-    back.pixel_stride = c.nchw ? 1 : pitch;
-    back.tap_stride = c.nchw ? pitch : c.channels;
-    if (c.nchw)
-      back.channel.stride = p.R * p.S * pitch;
-    else
-      back.channel = {1, pixels * pitch, Divisor(c.channels)};
-    back.nchw = c.nchw;
-    back.channels = Divisor(p.C), back.part = Divisor(rows), back.width = Divisor(p.W);
-    back.stride_h = Divisor(p.stride_h), back.stride_w = Divisor(p.stride_w);
-    return launch("col2im_kernel", col2im_kernel<T>, dim3(blocks_of(back.count)), dim3(256), 0, stream, back,
-                  reinterpret_cast<const acc_t<T>*>(c.matrix), dx + image * p.C * p.H * p.W);
+    if (Status s = run_gemm<T>(g, c.plan.tile_m, 1, c.stream); !s.ok()) return s;
+    return c.gather_windows(dx, rows, chunk);
   });
 }
 
 template <typename T>
-Status wgrad(const Im2col& c, const Conv2dPlan& plan, const T* dy, const T* x, T* dw, T* db, Stream stream) {
-  const Conv2dProblem& p = c.p;
-  const int64_t plane = p.P * p.Q;
+Status wgrad(const Im2col& c, const T* dy, const T* x, T* dw, T* db) {
   Gemm g = {};
   g.m = int(c.filters);
   g.n = int(c.taps);
-  g.batches = int(p.groups);
+  g.batches = int(c.p.groups);
   g.partial = c.sums;
   g.row_sums = db ? c.row_sums : nullptr;
-  const auto add_chunk = [&](int64_t image, int64_t images, int64_t first, int64_t count) {
-    const T* x_chunk = x + image * p.C * p.H * p.W;
-    const int64_t pixels = images * count;
-    if (Status s = c.copy_windows(x_chunk, first, pixels, stream); !s.ok()) return s;
-    g.a = c.pixels_by_channels(dy + image * p.K * plane, first, p.K, plane, images);
-    g.b = c.pixels_by_taps(x_chunk, first, pixels, images);
-    for (Matrix* matrix : {&g.a, &g.b}) {
-      std::swap(matrix->i, matrix->k);
-      matrix->along_k = !matrix->along_k;
-    }
-    g.k = int(pixels);
-    Status s = run_gemm<T>(g, plan.tile_m, plan.split, stream);
+  const auto add_chunk = [&](const Chunk& chunk) {
+    if (Status s = c.copy_windows(x, chunk); !s.ok()) return s;
+    g.a = Im2col::transposed(c.pixels_by_channels(dy, chunk, c.p.K));
+    g.b = Im2col::transposed(c.pixels_by_taps(x, chunk));
+    g.k = int(chunk.size());
+    Status s = run_gemm<T>(g, c.plan.tile_m, c.plan.split, c.stream);
     g.accumulate = true;
     return s;
   };
-  if (p.N == 0 || plane == 0) {  // an empty sum
-    if (Status s = run_gemm<T>(g, plan.tile_m, plan.split, stream); !s.ok()) return s;
-  } else if (Status s = c.for_each_chunk(plane, add_chunk); !s.ok()) {
-    return s;
-  }
+  Status s = c.p.N * c.plane > 0 ? c.for_each_chunk(c.plane, add_chunk)
+                                 : run_gemm<T>(g, c.plan.tile_m, c.plan.split, c.stream);  // an empty sum
+  if (!s.ok()) return s;
 
   g.c = dw;
   g.c_m.stride = c.taps;
   g.c_n.stride = 1;
   g.c_batch_stride = c.filters * c.taps;
-  if (Status s = c.add_splits<T>(g, plan.split, stream); !s.ok() || !db) return s;
-  return ordered_sum<T>(c.row_sums, plan.split, p.K, db, stream);
+  if (s = c.add_splits<T>(g); !s.ok() || !db) return s;
+  return ordered_sum<T>(c.row_sums, c.plan.split, c.p.K, db, c.stream);
 }
 
 }  // namespace
@@ -383,8 +363,8 @@ Status conv2d_im2col_fprop(const Conv2dProblem& p, const Conv2dPlan& plan, const
   if (p.y_elements() == 0) return {};
   return dispatch(p.dtype, [&](auto element) {
     using T = decltype(element);
-    return fprop(Im2col(p, plan, workspace), plan, static_cast<const T*>(x), static_cast<const T*>(w),
-                 static_cast<const T*>(bias), static_cast<T*>(y), stream);
+    return fprop(Im2col(p, plan, workspace, stream), static_cast<const T*>(x), static_cast<const T*>(w),
+                 static_cast<const T*>(bias), static_cast<T*>(y));
   });
 }
 
@@ -393,8 +373,8 @@ Status conv2d_im2col_dgrad(const Conv2dProblem& p, const Conv2dPlan& plan, const
   if (p.x_elements() == 0) return {};
   return dispatch(p.dtype, [&](auto element) {
     using T = decltype(element);
-    return dgrad(Im2col(p, plan, workspace), plan, static_cast<const T*>(dy), static_cast<const T*>(w),
-                 static_cast<T*>(dx), stream);
+    return dgrad(Im2col(p, plan, workspace, stream), static_cast<const T*>(dy), static_cast<const T*>(w),
+                 static_cast<T*>(dx));
   });
 }
 
@@ -403,8 +383,8 @@ Status conv2d_im2col_wgrad(const Conv2dProblem& p, const Conv2dPlan& plan, const
   if (p.w_elements() == 0) return {};
   return dispatch(p.dtype, [&](auto element) {
     using T = decltype(element);
-    return wgrad(Im2col(p, plan, workspace), plan, static_cast<const T*>(dy), static_cast<const T*>(x),
-                 static_cast<T*>(dw), static_cast<T*>(db), stream);
+    return wgrad(Im2col(p, plan, workspace, stream), static_cast<const T*>(dy), static_cast<const T*>(x),
+                 static_cast<T*>(dw), static_cast<T*>(db));
   });
 }
 

@@ -1,4 +1,4 @@
-// Index arithmetic that the convolution kernels share: division by a launch constant, and where elements lie.
+// Index arithmetic that the kernels share: division by a launch constant, and where elements lie.
 #pragma once
 
 #include "types.cuh"
@@ -22,6 +22,35 @@ struct Divisor {
   __device__ __forceinline__ int split(int& n) const {
     const int q = quotient(n);
     n -= q * int(d);
+    return q;
+  }
+};
+
+// The same for either index type: Divide<int> is Divisor, Divide<int64_t> its method with numbers twice as long, for
+// 0 ≤ n < 2^62.
+template <typename I>
+struct Divide;
+template <>
+struct Divide<int> : Divisor {
+  using Divisor::Divisor;
+};
+template <>
+struct Divide<int64_t> {
+  int64_t d = 0;
+  uint64_t multiplier = 0;
+  int shift = 0;
+
+  Divide() = default;
+  explicit Divide(int64_t divisor) : d(divisor) {
+    while ((int64_t{1} << shift) < d) ++shift;
+    multiplier = uint64_t((((unsigned __int128)(1) << (63 + shift)) + uint64_t(d) - 1) / uint64_t(d));
+  }
+  __device__ __forceinline__ int64_t quotient(int64_t n) const {
+    return int64_t(__umul64hi(2 * uint64_t(n), multiplier) >> shift);
+  }
+  __device__ __forceinline__ int64_t split(int64_t& n) const {
+    const int64_t q = quotient(n);
+    n -= q * d;
     return q;
   }
 };

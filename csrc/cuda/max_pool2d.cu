@@ -1,5 +1,6 @@
-// Max pooling: y[n,c,p,q] = max over r, s of x[n, c, p·stride_h − pad_h + r·dilation_h, q·stride_w − pad_w + s·dilation_w],
-// over the taps (r, s) that lie inside x. What backward needs to know is kept as one offset r·S + s for each output.
+// Max pooling: y[n,c,p,q] = max over r, s of x[n,c,h,w] with h = p·stride_h − pad_h + r·dilation_h and w = q·stride_w −
+// pad_w + s·dilation_w, over the taps (r, s) that lie inside x. What backward needs to know is kept as one offset
+// r·S + s for each output.
 //
 // A window is scanned in row-major order; a tap is taken if it is greater than all before it or a NaN, so that of equal
 // maxima the first counts and of NaNs the last. The scan starts at −∞ with the first tap inside x, which is the answer
@@ -24,34 +25,6 @@ constexpr int outputs_a_thread = 2;  // NCHW forward: half a row apart, so that 
 // Blocks on a multiprocessor, for the compiler's choice of registers: without a number it spills for the sake of eight.
 template <typename Index>
 constexpr int least_blocks = sizeof(Index) == 4 ? 4 : 1;
-
-// Takes a linear index apart: split(i) leaves the remainder in i and returns the quotient.
-template <typename Index>
-struct Divide;
-template <>
-struct Divide<int> : Divisor {
-  using Divisor::Divisor;
-};
-template <>
-struct Divide<int64_t> {  // Divisor's method with numbers twice as long: 0 ≤ i < 2^62
-  int64_t d = 1;
-  uint64_t multiplier = 0;
-  int shift = 0;
-
-  Divide() = default;
-  explicit Divide(int64_t divisor) : d(divisor) {
-    while ((int64_t{1} << shift) < d) ++shift;
-    multiplier = uint64_t((((unsigned __int128)(1) << (63 + shift)) + uint64_t(d) - 1) / uint64_t(d));
-  }
-  __device__ __forceinline__ int64_t quotient(int64_t i) const {
-    return int64_t(__umul64hi(2 * uint64_t(i), multiplier) >> shift);
-  }
-  __device__ __forceinline__ int64_t split(int64_t& i) const {
-    const int64_t q = quotient(i);
-    i -= q * d;
-    return q;
-  }
-};
 
 template <typename Index>
 struct Pool {
@@ -311,7 +284,8 @@ __global__ void __launch_bounds__(block_threads, least_blocks<Index>)
   store_vec(dx + input, v);
 }
 
-// Where the maximum of an output lies: its plane (n·C + c, or n in NHWC), channel (0 in NCHW) and h·W + w, −1 if outside.
+// Where the maximum of an output lies: its plane (n·C + c, or n in NHWC), channel (0 in NCHW) and position h·W + w, −1
+// if that is outside x.
 // Items: inner = channels (1 in NCHW), middle = q, outer = p; the rest is the plane.
 struct Maximum {
   int64_t channel, plane, position;

@@ -1,6 +1,6 @@
-// BatchNorm on a CPU. In NCHW a task owns a channel, and normalizes its values while they are still in its cache. In NHWC,
-// where a channel's values are strewn over all of x, and where there are too few channels to go round, the values are
-// split in pieces whose statistics meet in the workspace.
+// BatchNorm on a CPU. In NCHW a task owns a channel, and normalizes its values while they are still in its cache. In
+// NHWC, where a channel's values are strewn over all of x, and where there are too few channels to go round, the values
+// are split in pieces whose statistics meet in the workspace.
 #include <algorithm>
 
 #include "../plan.h"
@@ -11,7 +11,7 @@ namespace {
 constexpr int64_t least_tasks = 16;
 constexpr int64_t most_pieces = 64;
 constexpr int64_t piece_elements = 1 << 14;  // below these a piece is not worth its merge
-constexpr int64_t piece_rows = 64;
+constexpr int64_t piece_rows = 128;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

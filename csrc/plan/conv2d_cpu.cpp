@@ -13,7 +13,7 @@ namespace {
 
 using namespace cpu;
 
-constexpr int64_t enough_tasks = 32;
+constexpr int64_t enough_tasks = 16;
 
 int64_t sum_bytes(const Conv2dProblem& p) { return p.dtype == DType::float64 ? 8 : 4; }
 int64_t aligned(int64_t bytes) { return pieces_of(bytes, 64) * 64; }
@@ -77,9 +77,9 @@ void plan_gather(const Conv2dProblem& p, Conv2dPlan& plan) {
     return pieces_of(p.N * rows * cols, pixels) * pieces_of(produced, channels) * p.groups;
   };
   int64_t pixels = 192, channels = 128;
+  // Every task packs its pixels' patches anew for its channels, and the weights for its pixels: neither gets small.
   if (tasks(pixels, channels) < enough_tasks) channels = 64;
-  if (tasks(pixels, channels) < enough_tasks) pixels = 96;
-  if (tasks(pixels, channels) < enough_tasks) channels = 32;
+  if (tasks(pixels, channels) < enough_tasks && rows * cols > 96) pixels = 96;
   plan.tile_k = int(std::max<int64_t>(1, std::min<int64_t>(contracted * taps, 288)));
   if (along_pixels(p, plan.direction)) {
     plan.tile_m = int(balanced(produced, channels));

@@ -107,9 +107,10 @@ inline Im2colChunks im2col_chunks(const Conv2dProblem& p, Direction direction, i
 }
 
 // direct: a block computes a tile of outputs from a patch of the input and a slice of the filters in shared memory.
-// Along one axis, output i reads through tap j input i·step + first + j·delta. For fprop and wgrad step is the stride and
-// delta the dilation. dgrad is such a gather too, once for each phase of the stride: rows h of dx with one remainder meet
-// the same taps r, every (stride / gcd)-th, and h + pad − r·dilation is the stride times a row p of its input dy.
+// Along one axis, output i reads input i·step + first + j·delta through tap j. For fprop and wgrad step is the stride
+// and delta the dilation. dgrad is such a gather too, once for each phase of the stride: rows h of dx with one
+// remainder meet the same taps r, every (stride / gcd)-th, and h + pad − r·dilation is stride times a row p of its
+// input dy.
 constexpr int direct_threads = 256;
 constexpr int direct_patch = 4096;   // elements
 constexpr int direct_filter = 2048;  // elements; wgrad keeps dy there

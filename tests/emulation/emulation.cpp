@@ -71,12 +71,18 @@ struct Machine {
   void (*body)(void*);
   void* context;
   int threads;
-  int waiting_in_block;  // how many threads wait at a block barrier
   int done;
+  // The block barrier: how many wait there, whether all do so where the first does, and how many of their predicates
+  // are true; and how many were at the barrier before, which the threads that it released have yet to be told.
+  int waiting_in_block, votes, result;
+  bool meets;
+  Wait meeting;
   unsigned char* shared = nullptr;
 } machine;
 
 thread_local std::string message;
+
+int index_of(const Fiber& fiber) { return int(&fiber - machine.fibers.data()); }
 
 #if defined(__SANITIZE_ADDRESS__)
 struct ThreadStack {  // of the OS thread
@@ -163,8 +169,6 @@ void fiber_main() {
   }
 }
 
-int index_of(const Fiber& fiber) { return int(&fiber - machine.fibers.data()); }
-
 std::string place(const Where& where) {
   const std::string file = where.file_name();
   return file.substr(file.rfind('/') + 1) + ":" + std::to_string(where.line()) + ":" + std::to_string(where.column());
@@ -193,18 +197,18 @@ bool same_place(const Wait& a, const Wait& b) {
          (a.where.file_name() == b.where.file_name() || !strcmp(a.where.file_name(), b.where.file_name()));
 }
 
-// Releases everyone who waits with `arrived`, if all are there.
-void release_block(const Wait& arrived) {
-  if (machine.waiting_in_block < machine.threads) return;
-  uint64_t count = 0;
-  for (int i = 0; i < machine.threads; ++i) {
-    if (!same_place(machine.fibers[i].wait, arrived)) return;
-    count += machine.fibers[i].wait.value;
+// Releases the block if all of it waits, at the same place.
+void arrive_at_block_barrier(const Wait& arrived) {
+  if (machine.waiting_in_block++ == 0) {
+    machine.meeting = arrived;
+    machine.votes = 0;
+    machine.meets = true;
   }
-  for (int i = 0; i < machine.threads; ++i) {
-    machine.fibers[i].result = count;
-    machine.fibers[i].state = State::ready;
-  }
+  machine.votes += int(arrived.value);
+  machine.meets = machine.meets && same_place(machine.meeting, arrived);
+  if (machine.waiting_in_block < machine.threads || !machine.meets) return;
+  machine.result = machine.votes;
+  for (int i = 0; i < machine.threads; ++i) machine.fibers[i].state = State::ready;
   machine.waiting_in_block = 0;
 }
 
@@ -233,13 +237,12 @@ uint64_t wait_for(const Wait& wait) {
   self.wait = wait;
   self.state = State::waiting;
   if (wait.block) {
-    ++machine.waiting_in_block;
-    release_block(wait);
+    arrive_at_block_barrier(wait);
   } else {
     release_warp(wait);
   }
   switch_to(machine.scheduler);
-  return self.result;
+  return wait.block ? machine.result : self.result;
 }
 
 // Nobody can go on: names a thread that waits, and one that does not come.
@@ -260,7 +263,7 @@ void report_divergence() {
   }
 }
 
-// A permutation of 0 … n−1 in the order that was set: i → (a·i + b) mod n, with a prime to n.
+// Walks over 0 … n−1 in the order that was set: from b on in steps of a, modulo n, with a prime to n.
 struct Permutation {
   uint64_t a = 1, b = 0, n;
   Permutation(uint64_t n, std::mt19937& random) : n(n) {
@@ -271,7 +274,12 @@ struct Permutation {
       while (std::gcd(a, n) != 1);
     }
   }
-  uint64_t operator()(uint64_t i) const { return (i * a + b) % n; }
+  uint64_t next() {
+    const uint64_t here = b;
+    b += a;
+    if (b >= n) b -= n;
+    return here;
+  }
 };
 
 void run_block(std::mt19937& random) {
@@ -279,9 +287,9 @@ void run_block(std::mt19937& random) {
   for (int i = 0; i < machine.threads; ++i) machine.fibers[i].state = State::ready;
   while (machine.done < machine.threads && !machine.failed) {
     bool progress = false;
-    const Permutation order(machine.threads, random);
+    Permutation order(machine.threads, random);
     for (int i = 0; i < machine.threads && !machine.failed; ++i) {
-      Fiber& fiber = machine.fibers[order(i)];
+      Fiber& fiber = machine.fibers[order.next()];
       if (fiber.state != State::ready) continue;
       progress = true;
       switch_to(fiber);
@@ -365,9 +373,9 @@ const char* run_grid(const char* kernel, dim3 grid, dim3 block, size_t shared_by
 
   std::mt19937 random(machine.seed);
   const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
-  const Permutation order(blocks, random);
+  Permutation order(blocks, random);
   for (uint64_t i = 0; i < blocks && !machine.failed; ++i) {
-    const uint64_t b = order(i);
+    const uint64_t b = order.next();
     blockIdx = {unsigned(b % grid.x), unsigned(b / grid.x % grid.y), unsigned(b / grid.x / grid.y)};
     memset(machine.shared, 0xff, shared_bytes);  // a NaN in every floating-point type
     run_block(random);

@@ -8,8 +8,9 @@
 // What is modelled, and what is not, is listed in README.md beside this file.
 #pragma once
 
+#include <math.h>  // the overloads outside of std, as in CUDA
+
 #include <climits>
-#include <cmath>
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
@@ -82,9 +83,9 @@ int lane();
 extern "C" {
 // The order in which a block's threads, and a grid's blocks, take their turns: 0 forward, 1 reverse, 2 shuffled by
 // `seed`. Right kernels give the same bits in any.
-void fastconv_emulation_set_order(int order, unsigned seed);
+__attribute__((visibility("default"))) void fastconv_emulation_set_order(int order, unsigned seed);
 // For tests: how often fibers were switched since the library was loaded.
-uint64_t fastconv_emulation_switches();
+__attribute__((visibility("default"))) uint64_t fastconv_emulation_switches();
 }
 
 // Block barriers (CUDA C++ Programming Guide, Synchronization Functions). The hardware lets a barrier pass without the

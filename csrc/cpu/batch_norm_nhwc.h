@@ -1,0 +1,194 @@
+// BatchNorm of x[row][c]: sums and coefficients applied along the channels, row by row.
+#pragma once
+
+#include "batch_norm_statistics.h"
+
+namespace fastconv::cpu {
+namespace {
+
+constexpr int64_t chunk_rows = 512;
+constexpr int64_t block_channels = 256;  // whose sums stay in the first-level cache
+
+// Element (row, channel) is at [row·stride + channel]. Rows are taken four at a time, so that a channel's sums and
+// coefficients are loaded once for four values.
+
+// s1, s2 = Σ (x − shift), Σ (x − shift)² of each channel.
+template <typename T>
+void row_sums(const T* x, int64_t stride, int64_t rows, int64_t channels, const acc_t<T>* shift, acc_t<T>* s1,
+              acc_t<T>* s2) {
+  for (int64_t c = 0; c < channels; ++c) s1[c] = s2[c] = 0;
+  int64_t row = 0;
+  for (; row + 4 <= rows; row += 4, x += 4 * stride) {
+    int64_t c = 0;
+    for (; c + lanes<T> <= channels; c += lanes<T>) {
+      const vec_t<T> center = load(shift + c), a = load(x + c) - center, b = load(x + stride + c) - center;
+      const vec_t<T> d = load(x + 2 * stride + c) - center, e = load(x + 3 * stride + c) - center;
+      store(s1 + c, load(s1 + c) + ((a + b) + (d + e)));
+      store(s2 + c, load(s2 + c) + ((a * a + b * b) + (d * d + e * e)));
+    }
+    for (; c < channels; ++c)
+      for (int64_t k = 0; k < 4; ++k) {
+        const acc_t<T> v = to_acc(x[k * stride + c]) - shift[c];
+        s1[c] += v;
+        s2[c] += v * v;
+      }
+  }
+  for (; row < rows; ++row, x += stride)
+    for (int64_t c = 0; c < channels; ++c) {
+      const acc_t<T> v = to_acc(x[c]) - shift[c];
+      s1[c] += v;
+      s2[c] += v * v;
+    }
+}
+
+// shift = the mean of some rows.
+template <typename T>
+void sample_rows(const T* x, int64_t stride, int64_t rows, int64_t channels, acc_t<T>* shift) {
+  const T* from[samples];
+  for (int k = 0; k < samples; ++k) from[k] = x + k * rows / samples * stride;
+  int64_t c = 0;
+  for (; c + lanes<T> <= channels; c += lanes<T>) {
+    vec_t<T> sample[samples];
+    for (int k = 0; k < samples; ++k) sample[k] = load(from[k] + c);
+    store(shift + c, mean_of(sample));
+  }
+  for (; c < channels; ++c) {
+    acc_t<T> sample[samples];
+    for (int k = 0; k < samples; ++k) sample[k] = to_acc(from[k][c]);
+    shift[c] = mean_of(sample);
+  }
+}
+
+// is_sound() for all channels, in their own precision.
+template <typename S>
+bool all_sound(const S* s1, const S* s2, int64_t channels, S count) {
+  int unsound = 0;
+  for (int64_t c = 0; c < channels; ++c)
+    unsound |= !(s2[c] - s1[c] / count * s1[c] >= S(worst_cancellation) * s2[c]) | !(s2[c] < S(__builtin_inf()));
+  return unsound == 0;
+}
+
+// The mean and m2 of one channel, in float64.
+template <typename T>
+Moments exact_moments(const T* x, int64_t stride, int64_t rows) {
+  double sum = 0, m2 = 0;
+  for (int64_t row = 0; row < rows; ++row) sum += to_acc(x[row * stride]);
+  const double mean = sum / rows;
+  for (int64_t row = 0; row < rows; ++row) {
+    const double d = to_acc(x[row * stride]) - mean;
+    m2 += d * d;
+  }
+  return {double(rows), mean, m2};
+}
+
+// The mean and m2 of `rows` rows of `channels` channels.
+template <typename T>
+void row_moments(const T* x, int64_t stride, int64_t rows, int64_t channels, double* mean, double* m2) {
+  for (int64_t c = 0; c < channels; ++c) mean[c] = m2[c] = 0;
+  for (int64_t begin = 0; begin < rows; begin += chunk_rows)
+    for (int64_t first = 0; first < channels; first += block_channels) {
+      const int64_t chunk = min_of(chunk_rows, rows - begin), n = min_of(block_channels, channels - first);
+      const T* block = x + begin * stride + first;
+      acc_t<T> shift[block_channels], s1[block_channels], s2[block_channels];
+      const auto sums_are_sound = [&] {
+        row_sums(block, stride, chunk, n, shift, s1, s2);
+        return all_sound(s1, s2, n, acc_t<T>(chunk));
+      };
+      sample_rows(block, stride, chunk, n, shift);
+      bool sound = sums_are_sound();
+      if (!sound) {
+        for (int64_t i = 0; i < n; ++i)
+          if (!is_sound(s1[i], s2[i], chunk)) shift[i] = acc_t<T>(shift[i] + double(s1[i]) / chunk);
+        sound = sums_are_sound();
+      }
+      const double inverse = 1.0 / chunk, share = double(chunk) / (begin + chunk), weight = share * begin;
+      for (int64_t i = 0; i < n; ++i) {  // merge() with the same counts for all
+        const double d1 = s1[i], chunk_mean = shift[i] + d1 * inverse, rest = s2[i] - d1 * d1 * inverse;
+        const double delta = chunk_mean - mean[first + i];
+        mean[first + i] += delta * share;
+        m2[first + i] += (rest < 0 ? 0 : rest) + delta * delta * weight;
+      }
+      if (sound) continue;
+      for (int64_t i = 0; i < n; ++i)
+        if (!is_sound(s1[i], s2[i], chunk)) {  // that merge was in vain: all rows so far once more
+          const Moments exact = exact_moments(x + first + i, stride, begin + chunk);
+          mean[first + i] = exact.mean;
+          m2[first + i] = exact.m2;
+        }
+    }
+}
+
+// sum_dy = Σ dy, sum_dyx = Σ dy·(x − mean) of `rows` rows of `channels` channels.
+template <typename T>
+void row_gradient_sums(const T* dy, const T* x, int64_t stride, int64_t rows, int64_t channels, const acc_t<T>* mean,
+                       double* sum_dy, double* sum_dyx) {
+  for (int64_t c = 0; c < channels; ++c) sum_dy[c] = sum_dyx[c] = 0;
+  for (int64_t begin = 0; begin < rows; begin += chunk_rows)
+    for (int64_t first = 0; first < channels; first += block_channels) {
+      const int64_t end = min_of(begin + chunk_rows, rows), n = min_of(block_channels, channels - first);
+      const acc_t<T>* center = mean + first;
+      acc_t<T> s1[block_channels] = {}, s2[block_channels] = {};
+      int64_t row = begin;
+      for (; row + 4 <= end; row += 4) {
+        const T *g = dy + row * stride + first, *v = x + row * stride + first;
+        int64_t c = 0;
+        for (; c + lanes<T> <= n; c += lanes<T>) {
+          const vec_t<T> m = load(center + c), g0 = load(g + c), g1 = load(g + stride + c);
+          const vec_t<T> g2 = load(g + 2 * stride + c), g3 = load(g + 3 * stride + c);
+          store(s1 + c, load(s1 + c) + ((g0 + g1) + (g2 + g3)));
+          const vec_t<T> low = g0 * (load(v + c) - m) + g1 * (load(v + stride + c) - m);
+          const vec_t<T> high = g2 * (load(v + 2 * stride + c) - m) + g3 * (load(v + 3 * stride + c) - m);
+          store(s2 + c, load(s2 + c) + (low + high));
+        }
+        for (; c < n; ++c)
+          for (int64_t k = 0; k < 4; ++k) {
+            s1[c] += to_acc(g[k * stride + c]);
+            s2[c] += to_acc(g[k * stride + c]) * (to_acc(v[k * stride + c]) - center[c]);
+          }
+      }
+      for (; row < end; ++row)
+        for (int64_t c = 0; c < n; ++c) {
+          const acc_t<T> g = to_acc(dy[row * stride + first + c]);
+          s1[c] += g;
+          s2[c] += g * (to_acc(x[row * stride + first + c]) - center[c]);
+        }
+      for (int64_t c = 0; c < n; ++c) {
+        sum_dy[first + c] += s1[c];
+        sum_dyx[first + c] += s2[c];
+      }
+    }
+}
+
+// y = (x − center)·scale + shift. Row after row: several at a time would share a few cache sets where the stride is a
+// power of two.
+template <typename T>
+void apply_rows(const T* x, T* y, int64_t stride, int64_t rows, int64_t channels, const acc_t<T>* center,
+                const acc_t<T>* scale, const acc_t<T>* shift) {
+  for (int64_t row = 0; row < rows; ++row, x += stride, y += stride) {
+    int64_t c = 0;
+    for (; c + lanes<T> <= channels; c += lanes<T>)
+      store(y + c, (load(x + c) - load(center + c)) * load(scale + c) + load(shift + c));
+    for (; c < channels; ++c) y[c] = from_acc<T>((to_acc(x[c]) - center[c]) * scale[c] + shift[c]);
+  }
+}
+
+// dx = dy·dy_scale + (x − mean)·invstd·x_scale + shift
+template <typename T>
+void apply_gradient_rows(const T* dy, const T* x, T* dx, int64_t stride, int64_t rows, int64_t channels,
+                         const acc_t<T>* mean, const acc_t<T>* invstd, const acc_t<T>* dy_scale,
+                         const acc_t<T>* x_scale, const acc_t<T>* shift) {
+  for (int64_t row = 0; row < rows; ++row, x += stride, dy += stride, dx += stride) {
+    int64_t c = 0;
+    for (; c + lanes<T> <= channels; c += lanes<T>) {
+      const vec_t<T> x_hat = (load(x + c) - load(mean + c)) * load(invstd + c);
+      store(dx + c, load(dy + c) * load(dy_scale + c) + (x_hat * load(x_scale + c) + load(shift + c)));
+    }
+    for (; c < channels; ++c) {
+      const acc_t<T> x_hat = (to_acc(x[c]) - mean[c]) * invstd[c];
+      dx[c] = from_acc<T>(to_acc(dy[c]) * dy_scale[c] + (x_hat * x_scale[c] + shift[c]));
+    }
+  }
+}
+
+}  // namespace
+}  // namespace fastconv::cpu
