@@ -18,10 +18,10 @@
 namespace fastconv::cpu {
 namespace {
 
-constexpr int64_t max_group = 16;             // NCHW: channels of a task
-constexpr int64_t wide_channels = 1024;       // NHWC: of a task
-constexpr int64_t finish_channels = 64;       // of a task that merges pieces
-constexpr int64_t eval_elements = 1 << 18;    // of a task in evaluation, where each task derives its coefficients
+constexpr int64_t max_group = 16;           // NCHW: channels of a task
+constexpr int64_t wide_channels = 1024;     // NHWC: of a task
+constexpr int64_t finish_channels = 64;     // of a task that merges pieces
+constexpr int64_t eval_elements = 1 << 18;  // of a task in evaluation, where each task derives its coefficients
 
 bool is_nhwc(const BatchNormProblem& p) { return p.L == 1 || (p.layout == Layout::NHWC && p.C > 1); }
 
@@ -100,7 +100,7 @@ void backward_nchw(const BatchNormProblem& p, const T* dy, const T* x, T* dx, co
   });
 }
 
-// The pieces that a split cuts each channel into: of the rows in NHWC, where a task has all channels, and of the chunks
+// The pieces that a split cuts each channel into: of the rows in NHWC, where a task has many channels, and of the chunks
 // in NCHW, where it has one.
 struct Pieces {
   bool nhwc;

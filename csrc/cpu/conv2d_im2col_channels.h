@@ -114,17 +114,29 @@ void pack_patch_panels(const Patches<T>& p, int64_t group, int64_t pixel0, int64
 
 // fprop, or one phase of dgrad. weights: [group][panel][t][panel_cols].
 template <typename T>
-void gather_channels(const Patches<T>& p, const Conv2dPlan& plan, int64_t produced, int64_t out_height, int64_t out_width,
-                 const acc_t<T>* weights, const T* bias, T* out, const Scratch& layout, char* scratch,
-                 const Parallel& parallel) {
+struct ChannelGather {
+  Patches<T> patches;
+  acc_t<T>* weights;
+};
+
+// fprop, or all phases of dgrad: gather_of(a, b) describes one. They are tasks of one parallel region.
+template <typename T, typename GatherOf>
+void gather_channels(const Conv2dProblem& pr, const Conv2dPlan& plan, const GatherOf& gather_of, int64_t out_height,
+                     int64_t out_width, const T* bias, T* out, char* scratch, const Parallel& parallel) {
   using E = acc_t<T>;
-  const int64_t depth = p.taps() * p.channels, pixels = p.pixels();
-  const int64_t depth_step = balanced(depth, plan.tile_k);
-  const int64_t all_panels = ceil_div(produced, panel_cols<E>);
-  const int64_t m_blocks = ceil_div(produced, plan.tile_n), pixel_blocks = ceil_div(pixels, plan.tile_m);
-  for_each_task(parallel, pixel_blocks * p.groups * m_blocks, [&](int worker, int64_t task) {
-    const int64_t m0 = task % m_blocks * plan.tile_n, group = task / m_blocks % p.groups;
-    const int64_t pixel0 = task / m_blocks / p.groups * plan.tile_m;
+  const Phases phases = phases_of(pr, plan.direction);
+  const int64_t produced = produced_channels(pr, plan.direction), all_panels = ceil_div(produced, panel_cols<E>);
+  const int64_t largest = pr.N * phases.largest_rows.outputs * phases.largest_cols.outputs;
+  const int64_t m_blocks = ceil_div(produced, plan.tile_n), pixel_blocks = ceil_div(largest, plan.tile_m);
+  const int64_t phase_tasks = pixel_blocks * pr.groups * m_blocks;
+  const Scratch layout = gather_scratch(pr, plan);
+  for_each_task(parallel, phases.rows * phases.cols * phase_tasks, [&](int worker, int64_t task) {
+    const int64_t phase = task / phase_tasks, m0 = task % m_blocks * plan.tile_n, group = task / m_blocks % pr.groups;
+    const int64_t pixel0 = task % phase_tasks / m_blocks / pr.groups * plan.tile_m;
+    const ChannelGather<T> gather = gather_of(phase / phases.cols, phase % phases.cols);
+    const Patches<T>& p = gather.patches;
+    const int64_t depth = p.taps() * p.channels, pixels = p.pixels(), depth_step = balanced(depth, plan.tile_k);
+    if (pixel0 >= pixels) return;  // a phase smaller than the largest
     const int64_t count = min_of<int64_t>(plan.tile_m, pixels - pixel0);
     const int64_t m_count = min_of<int64_t>(plan.tile_n, produced - m0), panels = ceil_div(m_count, panel_cols<E>);
     E* memory = reinterpret_cast<E*>(scratch + worker * plan.scratch_bytes);
@@ -144,7 +156,7 @@ void gather_channels(const Patches<T>& p, const Conv2dPlan& plan, int64_t produc
         pack_patch_rows(p, group, pixel0, count, t0, t1, packed, a_row);
       }
       multiply_block(count, panels, t1 - t0, a, a_row, 1,
-                     weights + ((group * all_panels + m0 / panel_cols<E>) * depth + t0) * panel_cols<E>,
+                     gather.weights + ((group * all_panels + m0 / panel_cols<E>) * depth + t0) * panel_cols<E>,
                      depth * panel_cols<E>, c, c_row, t0 > 0);
     }
     for (int64_t pixel = pixel0; pixel < pixel0 + count; ++pixel, c += c_row) {
@@ -172,36 +184,43 @@ void fprop_channels(const Conv2dProblem& pr, const Conv2dPlan& plan, const T* x,
     transpose(w + (task / panels * kg + k0) * depth, depth, min_of<int64_t>(panel_cols<E>, kg - k0), depth,
               weights + task * depth * panel_cols<E>, panel_cols<E>);
   });
-  gather_channels<T>({fprop_rows(pr), fprop_cols(pr), pr.N, pr.groups, pr.channels_per_group(), x}, plan, kg, pr.P, pr.Q,
-                 weights, bias, y, gather_scratch(pr, plan), scratch, parallel);
+  const ChannelGather<T> gather{
+      {fprop_rows(pr), fprop_cols(pr), pr.N, pr.groups, pr.channels_per_group(), x}, weights};
+  gather_channels<T>(pr, plan, [&](int64_t, int64_t) { return gather; }, pr.P, pr.Q, bias, y, scratch, parallel);
 }
 
 template <typename T>
 void dgrad_channels(const Conv2dProblem& pr, const Conv2dPlan& plan, const T* dy, const T* w, T* dx, void* workspace,
-                char* scratch, const Parallel& parallel) {
+                    char* scratch, const Parallel& parallel) {
   using E = acc_t<T>;
   const int64_t cg = pr.channels_per_group(), kg = pr.filters_per_group();
   const int64_t panels = ceil_div(cg, panel_cols<E>);
   const Phases phases = phases_of(pr, Direction::dgrad);
-  for (int64_t a = 0; a < phases.rows; ++a) {
-    for (int64_t b = 0; b < phases.cols; ++b) {
-      const Axis rows = dgrad_rows(pr, a), cols = dgrad_cols(pr, b);
-      // weights[group][panel][tap][k][lane]
-      E* weights = (E*)workspace;
-      for_each_task(parallel, pr.groups * panels, [&](int, int64_t task) {
-        const int64_t group = task / panels, c0 = task % panels * panel_cols<E>;
-        E* to = weights + task * rows.taps * cols.taps * kg * panel_cols<E>;
-        for (int64_t r = 0; r < rows.taps; ++r)
-          for (int64_t s = 0; s < cols.taps; ++s)
-            for (int64_t k = 0; k < kg; ++k, to += panel_cols<E>)
-              copy_strided(w + (((group * kg + k) * pr.R + rows.filter_first + r * rows.filter_step) * pr.S +
-                                cols.filter_first + s * cols.filter_step) * cg + c0,
-                           1, to, min_of<int64_t>(panel_cols<E>, cg - c0));
-      });
-      gather_channels<T>({rows, cols, pr.N, pr.groups, kg, dy}, plan, cg, pr.H, pr.W, weights, nullptr, dx,
-                     gather_scratch(pr, plan), scratch, parallel);
-    }
-  }
+  // Each phase has its weights behind those of the phases before it: the taps of all phases are those of the filter.
+  const auto gather_of = [&](int64_t a, int64_t b) {
+    const Axis rows = dgrad_rows(pr, a), cols = dgrad_cols(pr, b);
+    int64_t rows_before = 0, cols_before = 0;
+    for (int64_t i = 0; i < a; ++i) rows_before += dgrad_rows(pr, i).taps;
+    for (int64_t j = 0; j < b; ++j) cols_before += dgrad_cols(pr, j).taps;
+    const int64_t taps_before = rows_before * pr.S + rows.taps * cols_before;
+    return ChannelGather<T>{{rows, cols, pr.N, pr.groups, kg, dy},
+                            (E*)workspace + taps_before * pr.groups * panels * kg * panel_cols<E>};
+  };
+  // weights[group][panel][tap][k][lane] of every phase
+  for_each_task(parallel, phases.rows * phases.cols * pr.groups * panels, [&](int, int64_t task) {
+    const int64_t phase = task / panels / pr.groups, panel = task % (pr.groups * panels);
+    const int64_t group = panel / panels, c0 = panel % panels * panel_cols<E>;
+    const ChannelGather<T> gather = gather_of(phase / phases.cols, phase % phases.cols);
+    const Axis &rows = gather.patches.rows, &cols = gather.patches.cols;
+    E* to = gather.weights + panel * rows.taps * cols.taps * kg * panel_cols<E>;
+    for (int64_t r = 0; r < rows.taps; ++r)
+      for (int64_t s = 0; s < cols.taps; ++s)
+        for (int64_t k = 0; k < kg; ++k, to += panel_cols<E>)
+          copy_strided(w + (((group * kg + k) * pr.R + rows.filter_first + r * rows.filter_step) * pr.S +
+                            cols.filter_first + s * cols.filter_step) * cg + c0,
+                       1, to, min_of<int64_t>(panel_cols<E>, cg - c0));
+  });
+  gather_channels<T>(pr, plan, gather_of, pr.H, pr.W, nullptr, dx, scratch, parallel);
 }
 
 // sums[col] += Σ_row a[row·pitch + col]

@@ -66,7 +66,7 @@ struct Gather {
 // What the multiplication reads as A: element (m, t) at data[m·row + t·col].
 template <typename E>
 struct PackedFilters {
-  E* data;
+  const E* data;
   int64_t row, col;
 };
 
@@ -90,14 +90,15 @@ PackedFilters<acc_t<T>> pack_filters(const Gather<T>& g, int64_t group, int64_t 
   }
   const int64_t depth = ch_count * tap_count, row = depth + lanes<T>;
   const bool whole = f.s == 1 && f.r == g.cols.taps && g.rows.filter_step == 1 && g.cols.filter_step == 1;
+  if constexpr (std::is_same_v<T, acc_t<T>>) {
+    if (whole && f.channel == g.taps()) return {from + tap0, f.m, 1};  // fprop in NCHW: rows of (c, r, s) as they are
+  }
   for (int64_t m = 0; m < m_count; ++m) {
     acc_t<T>* to = out + m * row;
     const T* filter = from + m * f.m;
-    if (whole && f.channel == tap_count) {
-      copy_strided(filter, 1, to, depth);
-    } else if (whole) {
+    if (whole) {
       for (int64_t ch = 0; ch < ch_count; ++ch, to += tap_count)
-        copy_strided(filter + ch * f.channel + tap0, 1, to, tap_count);
+        copy_strided<true>(filter + ch * f.channel + tap0, 1, to, tap_count);
     } else {
       for (int64_t tap = 0; tap < tap_count; ++tap) {
         const int64_t offset = tap_offset(tap0 + tap);
@@ -191,22 +192,32 @@ FASTCONV_INLINE void write_row(const acc_t<T>* values, int64_t count, acc_t<T> b
   for (; j < count; ++j) out[j * step] = from_acc<T>(values[j] + bias);
 }
 
-template <typename T>
-void gather_pixels(const Gather<T>& g, const Conv2dPlan& plan, const PixelBlock& block, int64_t depth_channels,
-                   const Scratch& layout, char* scratch, const Parallel& parallel) {
+// fprop, or all phases of dgrad: gather_of(a, b) describes one. They are tasks of one parallel region.
+template <typename T, typename GatherOf>
+void gather_pixels(const Conv2dProblem& pr, const Conv2dPlan& plan, const GatherOf& gather_of, char* scratch,
+                   const Parallel& parallel) {
   using E = acc_t<T>;
-  const Axis &rows = g.rows, &cols = g.cols;
-  const int64_t taps = g.taps(), depth_taps = min_of<int64_t>(max_of<int64_t>(taps, 1), plan.tile_k);
-  const int64_t i_blocks = ceil_div(rows.outputs, block.i), j_blocks = ceil_div(cols.outputs, block.j);
-  const int64_t m_blocks = ceil_div(g.produced, plan.tile_m);
-  const bool in_place = std::is_same_v<T, E> && g.source.col == 1 && g.pointwise();
-  const bool windows = reads_stage(taps, g.produced, block.j);
-  const int64_t tasks = ceil_div(g.N, block.n) * i_blocks * j_blocks * g.groups * m_blocks;
-  for_each_task(parallel, tasks, [&](int worker, int64_t task) {
-    const int64_t m0 = task % m_blocks * plan.tile_m, group = task / m_blocks % g.groups;
-    const int64_t pixel_task = task / m_blocks / g.groups;
+  const Phases phases = phases_of(pr, plan.direction);
+  const int64_t row_outputs = phases.largest_rows.outputs, col_outputs = phases.largest_cols.outputs;
+  const int64_t channels = contracted_channels(pr, plan.direction), produced = produced_channels(pr, plan.direction);
+  const PixelBlock block = pixel_block(pr.N, row_outputs, col_outputs, plan.tile_n);
+  const int64_t depth_channels =
+      depth_block(channels, phases.largest_rows.taps * phases.largest_cols.taps, plan.tile_k).channels;
+  const Scratch layout = gather_scratch(pr, plan);
+  const int64_t n_blocks = ceil_div(pr.N, block.n), m_blocks = ceil_div(produced, plan.tile_m);
+  const int64_t i_blocks = ceil_div(row_outputs, block.i), j_blocks = ceil_div(col_outputs, block.j);
+  const int64_t phase_tasks = n_blocks * i_blocks * j_blocks * pr.groups * m_blocks;
+  for_each_task(parallel, phases.rows * phases.cols * phase_tasks, [&](int worker, int64_t task) {
+    const int64_t phase = task / phase_tasks, pixel_task = task % phase_tasks / m_blocks / pr.groups;
+    const int64_t m0 = task % m_blocks * plan.tile_m, group = task / m_blocks % pr.groups;
     const int64_t j0 = pixel_task % j_blocks * block.j, i0 = pixel_task / j_blocks % i_blocks * block.i;
     const int64_t n0 = pixel_task / j_blocks / i_blocks * block.n;
+    const Gather<T> g = gather_of(phase / phases.cols, phase % phases.cols);
+    const Axis &rows = g.rows, &cols = g.cols;
+    if (i0 >= rows.outputs || j0 >= cols.outputs) return;  // a phase smaller than the largest
+    const int64_t taps = g.taps(), depth_taps = min_of<int64_t>(max_of<int64_t>(taps, 1), plan.tile_k);
+    const bool in_place = std::is_same_v<T, E> && g.source.col == 1 && g.pointwise();
+    const bool windows = reads_stage(taps, produced, block.j);
     const int64_t m_count = min_of<int64_t>(plan.tile_m, g.produced - m0), n_count = min_of(block.n, g.N - n0);
     int64_t i_count = min_of(block.i, rows.outputs - i0), j_count = min_of(block.j, cols.outputs - j0);
 
@@ -294,28 +305,21 @@ void gather_pixels(const Gather<T>& g, const Conv2dPlan& plan, const PixelBlock&
 template <typename T>
 void fprop_pixels(const Conv2dProblem& pr, const Conv2dPlan& plan, const T* x, const T* w, const T* bias, T* y, void*,
                   char* scratch, const Parallel& parallel) {
-  const int64_t cg = pr.channels_per_group();
-  gather_pixels<T>({fprop_rows(pr), fprop_cols(pr), pr.N, pr.groups, cg, pr.filters_per_group(),
-                    images(x, pr.layout, pr.C, pr.H, pr.W), filters(w, pr, Direction::fprop), bias,
-                    images(y, pr.layout, pr.K, pr.P, pr.Q)},
-                   plan, pixel_block(pr.N, pr.P, pr.Q, plan.tile_n),
-                   depth_block(cg, pr.R * pr.S, plan.tile_k).channels, gather_scratch(pr, plan), scratch, parallel);
+  const Gather<T> gather{fprop_rows(pr), fprop_cols(pr), pr.N, pr.groups, pr.channels_per_group(),
+                         pr.filters_per_group(), images(x, pr.layout, pr.C, pr.H, pr.W),
+                         filters(w, pr, Direction::fprop), bias, images(y, pr.layout, pr.K, pr.P, pr.Q)};
+  gather_pixels<T>(pr, plan, [&](int64_t, int64_t) { return gather; }, scratch, parallel);
 }
 
 template <typename T>
 void dgrad_pixels(const Conv2dProblem& pr, const Conv2dPlan& plan, const T* dy, const T* w, T* dx, void*,
                   char* scratch, const Parallel& parallel) {
-  const int64_t kg = pr.filters_per_group();
-  const Phases phases = phases_of(pr, Direction::dgrad);
-  const Axis &rows = phases.largest_rows, &cols = phases.largest_cols;
-  for (int64_t a = 0; a < phases.rows; ++a)
-    for (int64_t b = 0; b < phases.cols; ++b)
-      gather_pixels<T>({dgrad_rows(pr, a), dgrad_cols(pr, b), pr.N, pr.groups, kg, pr.channels_per_group(),
-                        images(dy, pr.layout, pr.K, pr.P, pr.Q), filters(w, pr, Direction::dgrad), nullptr,
-                        images(dx, pr.layout, pr.C, pr.H, pr.W)},
-                       plan, pixel_block(pr.N, rows.outputs, cols.outputs, plan.tile_n),
-                       depth_block(kg, rows.taps * cols.taps, plan.tile_k).channels, gather_scratch(pr, plan), scratch,
-                       parallel);
+  const auto gather_of = [&](int64_t a, int64_t b) {
+    return Gather<T>{dgrad_rows(pr, a), dgrad_cols(pr, b), pr.N, pr.groups, pr.filters_per_group(),
+                     pr.channels_per_group(), images(dy, pr.layout, pr.K, pr.P, pr.Q),
+                     filters(w, pr, Direction::dgrad), nullptr, images(dx, pr.layout, pr.C, pr.H, pr.W)};
+  };
+  gather_pixels<T>(pr, plan, gather_of, scratch, parallel);
 }
 
 // panels[panel][pixel][lane] = dy[panel·panel_cols + lane][pixel] for `length` neighbouring pixels from dy.at(…) on.

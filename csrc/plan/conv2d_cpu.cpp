@@ -76,10 +76,11 @@ void plan_gather(const Conv2dProblem& p, Conv2dPlan& plan) {
   const auto tasks = [&](int64_t pixels, int64_t channels) {
     return pieces_of(p.N * rows * cols, pixels) * pieces_of(produced, channels) * p.groups;
   };
-  int64_t pixels = 192, channels = 128;
+  int64_t pixels = 224, channels = 128;
   // Every task packs its pixels' patches anew for its channels, and the weights for its pixels: neither gets small.
   if (tasks(pixels, channels) < enough_tasks) channels = 64;
-  if (tasks(pixels, channels) < enough_tasks && rows * cols > 96) pixels = 96;
+  if (tasks(pixels, channels) < enough_tasks && rows * cols > 96) pixels = 112;
+  if (tasks(pixels, channels) < enough_tasks) channels = 32;
   plan.tile_k = int(std::max<int64_t>(1, std::min<int64_t>(contracted * taps, 288)));
   if (along_pixels(p, plan.direction)) {
     plan.tile_m = int(balanced(produced, channels));

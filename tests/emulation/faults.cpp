@@ -70,7 +70,8 @@ constexpr Case cases[] = {FASTCONV_CASE(exit_before_barrier), FASTCONV_CASE(two_
 }  // namespace fastconv::cuda
 
 // Runs one of the kernels above in a block of 64 threads that write to `out`. Returns what the launch reports, or null.
-extern "C" const char* fastconv_emulation_run_case(const char* name, float* out) {
+extern "C" __attribute__((visibility("default"))) const char* fastconv_emulation_run_case(const char* name,
+                                                                                          float* out) {
   using namespace fastconv::cuda;
   for (const Case& c : cases)
     if (!strcmp(c.name, name)) return launch(c.name, c.kernel, dim3(1), dim3(64), sizeof(Shared), nullptr, out).error;
