@@ -8,6 +8,7 @@ NVCC_PACKAGES := nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-crt=
 BUILD_PACKAGES := "setuptools>=77" ninja pybind11
 RUN_PACKAGES := numpy rich matplotlib pytest hypothesis
 LINTERS := ruff==0.17.5 clang-format==23.1.5
+CLANG_FORMAT = $(PYTHON) -c "import clang_format, sys; sys.exit(clang_format.clang_format())"
 CXX ?= g++
 
 ifdef PYTHON
@@ -34,12 +35,12 @@ lint: $(ENVIRONMENT)
 	$(PYTHON) -m pip install --quiet $(LINTERS)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
-	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs $(PYTHON) -m clang_format --dry-run -Werror
+	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs $(CLANG_FORMAT) --dry-run -Werror
 
 format: $(ENVIRONMENT)
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
-	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs $(PYTHON) -m clang_format -i
+	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs $(CLANG_FORMAT) -i
 
 # Reads the compiler's reports that the build left: no warnings, no spills.
 cuda-check: build

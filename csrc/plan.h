@@ -36,11 +36,11 @@ using Reasons = std::vector<Reason>;
 struct Conv2dPlan {
   Direction direction = Direction::fprop;
   Algo algo = Algo::direct;
-  const char* kernel = "";      // name of the kernel function that is launched
+  const char* kernel = "";                 // name of the kernel function that is launched
   int tile_m = 0, tile_n = 0, tile_k = 0;  // of the GEMM, or of the output for direct kernels; 0 where it has none
-  int split = 1;                // pieces of the contraction, each summed apart, then added in order
-  int64_t workspace_bytes = 0;  // one buffer for the whole call
-  int64_t scratch_bytes = 0;    // CPU: one more buffer for each thread
+  int split = 1;                           // pieces of the contraction, each summed apart, then added in order
+  int64_t workspace_bytes = 0;             // one buffer for the whole call
+  int64_t scratch_bytes = 0;               // CPU: one more buffer for each thread
 };
 
 struct MaxPool2dPlan {
@@ -49,7 +49,7 @@ struct MaxPool2dPlan {
 
 struct BatchNormPlan {
   const char* kernel = "";
-  int split = 1;                // pieces of a channel's values, whose statistics are merged in order
+  int split = 1;  // pieces of a channel's values, whose statistics are merged in order
   int64_t workspace_bytes = 0;
 };
 
@@ -69,7 +69,7 @@ BatchNormPlan plan_batch_norm_cuda(const BatchNormProblem& problem, const Target
 std::vector<Algo> algorithms(bool cuda);
 Algo parse_algo(const std::string& name, bool cuda);  // throws std::invalid_argument with the list of known ones
 Direction parse_direction(const std::string& name);
-Target parse_arch(const std::string& arch);           // "cpu", "sm_90", "sm_90a"
+Target parse_arch(const std::string& arch);  // "cpu", "sm_90", "sm_90a"
 const char* name(Algo algo);
 const char* name(Direction direction);
 

@@ -106,8 +106,8 @@ Conv2dProblem make_conv2d_problem(const Sizes& x_size, const Sizes& w_size, cons
          " at dimension 0, but got weight of size [", format_sizes(w_size), "] instead");
   const int64_t expected_channels = multiply(w_size[1], groups);
   if (p.C != expected_channels)
-    fail("Given groups=", groups, ", weight of size ", format_sizes(w_size), ", expected input",
-         format_sizes(x_size), " to have ", expected_channels, " channels, but got ", p.C, " channels instead");
+    fail("Given groups=", groups, ", weight of size ", format_sizes(w_size), ", expected input", format_sizes(x_size),
+         " to have ", expected_channels, " channels, but got ", p.C, " channels instead");
   if (bias_size && (bias_size->size() != 1 || (*bias_size)[0] != p.K))
     fail("Given weight of size ", format_sizes(w_size), ", expected bias to be 1-dimensional with ", p.K,
          " elements, but got bias of size ", format_sizes(*bias_size), " instead");
@@ -116,8 +116,8 @@ Conv2dProblem make_conv2d_problem(const Sizes& x_size, const Sizes& w_size, cons
   const int64_t kernel_h = effective_kernel(p.R, spread.h), kernel_w = effective_kernel(p.S, spread.w);
   const int64_t padded_h = add(p.H, multiply(2, pad.h)), padded_w = add(p.W, multiply(2, pad.w));
   if (padded_h < kernel_h || padded_w < kernel_w)
-    fail("Calculated padded input size per channel: (", padded_h, " x ", padded_w, "). Kernel size: (", kernel_h,
-         " x ", kernel_w, "). Kernel size can't be greater than actual input size");
+    fail("Calculated padded input size per channel: (", padded_h, " x ", padded_w, "). Kernel size: (", kernel_h, " x ",
+         kernel_w, "). Kernel size can't be greater than actual input size");
   if ((p.H == 0 || p.W == 0) && p.N != 0 && p.C != 0)
     fail("Only zero batch or zero channel inputs are supported, but got input shape: ", format_sizes(x_size));
 
@@ -136,9 +136,9 @@ MaxPool2dProblem make_max_pool2d_problem(const Sizes& x_size, const Sizes& kerne
                                          const Sizes& padding, const Sizes& dilation, bool ceil_mode, DType dtype,
                                          Layout layout) {
   const Pair window = pool_pair("kernel_size must either be a single int, or a tuple of two ints", kernel_size);
-  const Pair step = stride.empty() ? window
-                                   : pool_pair("stride must either be omitted, a single int, or a tuple of two ints",
-                                               stride);
+  const Pair step = stride.empty()
+                        ? window
+                        : pool_pair("stride must either be omitted, a single int, or a tuple of two ints", stride);
   const Pair pad = pool_pair("padding must either be a single int, or a tuple of two ints", padding);
   if (dilation.size() != 1 && dilation.size() != 2)
     fail("max_pool2d: dilation must be either a single int, or a tuple of two ints");
@@ -149,8 +149,7 @@ MaxPool2dProblem make_max_pool2d_problem(const Sizes& x_size, const Sizes& kerne
     if (size < 0) fail("pad must be non-negative, but got pad: ", size);
   if (window.h <= 0 || window.w <= 0)
     fail("kernel size should be greater than zero, but got kH: ", window.h, " kW: ", window.w);
-  if (step.h < 0 || step.w < 0)
-    fail("stride should be greater than zero, but got dH: ", step.h, " dW: ", step.w);
+  if (step.h < 0 || step.w < 0) fail("stride should be greater than zero, but got dH: ", step.h, " dW: ", step.w);
   if (spread.h <= 0 || spread.w <= 0)
     fail("dilation should be greater than zero, but got dilationH: ", spread.h, " dilationW: ", spread.w);
   if (x_size[1] == 0 || x_size[2] == 0 || x_size[3] == 0)
@@ -207,9 +206,7 @@ const char* name(DType dtype) {
 
 const char* name(Layout layout) { return layout == Layout::NCHW ? "NCHW" : "NHWC"; }
 
-int64_t element_bytes(DType dtype) {
-  return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
-}
+int64_t element_bytes(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
 
 std::string format_sizes(const Sizes& sizes) {
   std::ostringstream text;

@@ -19,16 +19,16 @@ enum class Layout : uint8_t { NCHW, NHWC };
 using Sizes = std::vector<int64_t>;
 
 struct Conv2dProblem {
-  int64_t N, C, H, W;        // x
-  int64_t K, R, S;           // w
-  int64_t P, Q;              // y: P = floor((H − ((R−1)·dilation_h + 1) + 2·pad_h) / stride_h) + 1
+  int64_t N, C, H, W;  // x
+  int64_t K, R, S;     // w
+  int64_t P, Q;        // y: P = floor((H − ((R−1)·dilation_h + 1) + 2·pad_h) / stride_h) + 1
   int64_t stride_h, stride_w;
   int64_t pad_h, pad_w;
   int64_t dilation_h, dilation_w;
   int64_t groups;
   DType dtype;
   Layout layout;
-  bool allow_tf32;           // CUDA float32 only
+  bool allow_tf32;  // CUDA float32 only
 
   int64_t channels_per_group() const { return C / groups; }
   int64_t filters_per_group() const { return K / groups; }
@@ -42,9 +42,9 @@ struct Conv2dProblem {
 };
 
 struct MaxPool2dProblem {
-  int64_t N, C, H, W;        // x
-  int64_t R, S;              // window
-  int64_t P, Q;              // y
+  int64_t N, C, H, W;  // x
+  int64_t R, S;        // window
+  int64_t P, Q;        // y
   int64_t stride_h, stride_w;
   int64_t pad_h, pad_w;
   int64_t dilation_h, dilation_w;
@@ -62,7 +62,7 @@ struct MaxPool2dProblem {
 struct BatchNormProblem {
   int64_t N, C, L;
   DType dtype;
-  Layout layout;             // NCHW: x[n][c][l]; NHWC: x[n][l][c]
+  Layout layout;  // NCHW: x[n][c][l]; NHWC: x[n][l][c]
 
   int64_t x_elements() const { return N * C * L; }
   int64_t count() const { return N * L; }  // values a channel

@@ -57,8 +57,8 @@ void convolutions(DType dtype, Layout layout, const cpu::Parallel& parallel) {
   for (const Case& c : cases)
     for (Algo algo : algorithms(false)) {
       if (algo == Algo::depthwise && c.groups != c.x[1]) continue;
-      const auto p = make_conv2d_problem(c.x, c.w, std::nullopt, c.stride, c.padding, c.dilation, c.groups, dtype,
-                                         layout, false);
+      const auto p =
+          make_conv2d_problem(c.x, c.w, std::nullopt, c.stride, c.padding, c.dilation, c.groups, dtype, layout, false);
       const Bytes x = values(p.x_elements(), dtype, 1), w = values(p.w_elements(), dtype, 2);
       const Bytes bias = values(p.K, dtype, 3), dy = values(p.y_elements(), dtype, 4);
       Bytes y = room(p.y_elements() * size), dx = room(p.x_elements() * size), dw = room(p.w_elements() * size);

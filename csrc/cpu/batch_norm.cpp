@@ -100,8 +100,8 @@ void backward_nchw(const BatchNormProblem& p, const T* dy, const T* x, T* dx, co
   });
 }
 
-// The pieces that a split cuts each channel into: of the rows in NHWC, where a task has many channels, and of the chunks
-// in NCHW, where it has one.
+// The pieces that a split cuts each channel into: of the rows in NHWC, where a task has many channels, and of the
+// chunks in NCHW, where it has one.
 struct Pieces {
   bool nhwc;
   int64_t C, rows, split;
@@ -137,7 +137,7 @@ void train_split(const BatchNormProblem& p, const BatchNormPlan& plan, const T* 
                  const Channels<acc_t<T>>& channels, void* memory, const Parallel& parallel) {
   const Workspace<acc_t<T>> workspace(memory, p, plan);
   const Pieces pieces(p, plan);
-  acc_t<T> *scale = workspace.coefficient(0), *shift = workspace.coefficient(1);
+  acc_t<T>*scale = workspace.coefficient(0), *shift = workspace.coefficient(1);
   const int64_t C = p.C, stride = p.C * p.L;
   for_each_piece(
       pieces, parallel,
@@ -180,7 +180,7 @@ void backward_split(const BatchNormProblem& p, const BatchNormPlan& plan, const 
                     const Gradients<acc_t<T>>& g, void* memory, const Parallel& parallel) {
   const Workspace<acc_t<T>> workspace(memory, p, plan);
   const Pieces pieces(p, plan);
-  acc_t<T> *dy_scale = workspace.coefficient(0), *x_scale = workspace.coefficient(1), *shift = workspace.coefficient(2);
+  acc_t<T>*dy_scale = workspace.coefficient(0), *x_scale = workspace.coefficient(1), *shift = workspace.coefficient(2);
   const int64_t C = p.C, stride = p.C * p.L;
   for_each_piece(
       pieces, parallel,
@@ -281,8 +281,9 @@ void train(const BatchNormProblem& p, const BatchNormPlan& plan, const void* x, 
   if (p.x_elements() == 0) return;
   dispatch(p.dtype, [&](auto t) {
     using T = decltype(t);
-    const Channels<acc_t<T>> channels{in<T>(weight), in<T>(bias), out<T>(running_mean), out<T>(running_var),
-                                      out<T>(mean),  out<T>(invstd), momentum,          eps};
+    const Channels<acc_t<T>> channels{
+        in<T>(weight), in<T>(bias), out<T>(running_mean), out<T>(running_var), out<T>(mean), out<T>(invstd),
+        momentum,      eps};
     const T* x_t = static_cast<const T*>(x);
     T* y_t = static_cast<T*>(y);
     if (is_nhwc(p) || plan.split > 1) return train_split(p, plan, x_t, y_t, channels, workspace, parallel);

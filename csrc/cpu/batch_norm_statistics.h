@@ -6,7 +6,7 @@
 namespace fastconv::cpu {
 namespace {
 
-constexpr int samples = 8;                  // for a chunk's shift; a power of two, so that equal values add exactly
+constexpr int samples = 8;                   // for a chunk's shift; a power of two, so that equal values add exactly
 constexpr double worst_cancellation = 0.25;  // of s2 must be left
 
 // A channel's values so far.

@@ -35,17 +35,20 @@ inline Axis dgrad_axis(int64_t source, int64_t outputs, int64_t taps, int64_t st
   int64_t r = 0;
   while (r < period && r < taps && (phase + pad - r * dilation) % stride != 0) ++r;
   const bool any = r < period && r < taps;
-  return {source, phase < outputs ? (outputs - 1 - phase) / stride + 1 : 0, any ? (taps - 1 - r) / period + 1 : 0,
-          1, any ? (phase + pad - r * dilation) / stride : 0, -dilation * period / stride,
-          r, period, phase, stride};
+  return {source,
+          phase < outputs ? (outputs - 1 - phase) / stride + 1 : 0,
+          any ? (taps - 1 - r) / period + 1 : 0,
+          1,
+          any ? (phase + pad - r * dilation) / stride : 0,
+          -dilation * period / stride,
+          r,
+          period,
+          phase,
+          stride};
 }
 
-inline Axis fprop_rows(const Conv2dProblem& p) {
-  return fprop_axis(p.H, p.P, p.R, p.stride_h, p.pad_h, p.dilation_h);
-}
-inline Axis fprop_cols(const Conv2dProblem& p) {
-  return fprop_axis(p.W, p.Q, p.S, p.stride_w, p.pad_w, p.dilation_w);
-}
+inline Axis fprop_rows(const Conv2dProblem& p) { return fprop_axis(p.H, p.P, p.R, p.stride_h, p.pad_h, p.dilation_h); }
+inline Axis fprop_cols(const Conv2dProblem& p) { return fprop_axis(p.W, p.Q, p.S, p.stride_w, p.pad_w, p.dilation_w); }
 inline Axis dgrad_rows(const Conv2dProblem& p, int64_t phase) {
   return dgrad_axis(p.P, p.H, p.R, p.stride_h, p.pad_h, p.dilation_h, phase);
 }

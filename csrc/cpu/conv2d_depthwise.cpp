@@ -4,10 +4,10 @@
 //   dgrad  dx[n,c,h,w] = Σ_{r,s} w[c,r,s] · dy[n,c,p,q]               over the (p, q) that read (h, w)
 //   wgrad  dw[c,r,s]   = Σ_{n,p,q} dy[n,c,p,q] · x[n,c,h,w]           db[c] = Σ_{n,p,q} dy[n,c,p,q]
 //
-// There is no reuse across channels, so this is memory traffic: each block is read once, used by all taps, written once.
-// NCHW: a block of a plane is staged with its padding in L1, columns a stride apart next to each other; then every tap
-// is one vector load at a fixed offset. dgrad does the same for each of the stride² phases of dx.
-// NHWC: vectors along the channels; taps in the padding are left out.
+// There is no reuse across channels, so this is memory traffic: each block is read once, used by all taps, written
+// once. NCHW: a block of a plane is staged with its padding in L1, columns a stride apart next to each other; then
+// every tap is one vector load at a fixed offset. dgrad does the same for each of the stride² phases of dx. NHWC:
+// vectors along the channels; taps in the padding are left out.
 #include <type_traits>
 
 #include "conv2d_stage.h"
@@ -23,7 +23,8 @@ struct Target {
   int64_t row, col;
 };
 
-// A tile of Rows × V vectors of outputs, start + Σ_t weights[t] · in[offsets[t]]: enough chains of additions to overlap.
+// A tile of Rows × V vectors of outputs, start + Σ_t weights[t] · in[offsets[t]]: enough chains of additions to
+// overlap.
 template <typename T, int Rows, int V>
 FASTCONV_INLINE void window_tile(const acc_t<T>* in, int64_t in_pitch, int64_t taps, const int64_t* offsets,
                                  const acc_t<T>* weights, acc_t<T> start, int64_t width, const Target<T>& to) {
@@ -87,8 +88,8 @@ void window_block(const T* source, const Axis& rows, int64_t i0, int64_t i_count
   for (int64_t a = 0, t = 0; a < rows.taps; ++a) {
     for (int64_t b = 0; b < cols.taps; ++b, ++t) {
       offsets[t] = row_strips.offset(a) * col_strips.elements() + col_strips.offset(b);
-      weights[t] = to_acc(filter[(rows.filter_first + a * rows.filter_step) * filter_width + cols.filter_first +
-                                 b * cols.filter_step]);
+      weights[t] = to_acc(
+          filter[(rows.filter_first + a * rows.filter_step) * filter_width + cols.filter_first + b * cols.filter_step]);
     }
   }
   stage_plane(source, rows, row_strips, i0, cols, col_strips, j0, stage);
@@ -152,7 +153,7 @@ acc_t<T> dot_block(const acc_t<T>* dy, int64_t i_count, int64_t j_count, const a
   const int64_t dy_pitch = ceil_div(j_count, lanes<T>) * lanes<T>;
   vec_t<T> even[2] = {}, odd[2] = {};
   const auto add_row = [&](int64_t i, vec_t<T>(&sums)[2]) {
-    const acc_t<T> *d = dy + i * dy_pitch, *v = in + i * in_pitch;
+    const acc_t<T>*d = dy + i * dy_pitch, *v = in + i * in_pitch;
     int64_t j = 0;
     for (; j + 2 * lanes<T> <= full; j += 2 * lanes<T>) {
       sums[0] += load(d + j) * load(v + j);
@@ -239,8 +240,8 @@ void window_pixels(const T* source, const Axis& rows, int64_t i, const Axis& col
       for (int64_t b = 0; b < cols.taps; ++b) {
         const int64_t col = j * cols.step + cols.first + b * cols.inc;
         if (Pixels == 1 && (col < 0 || col >= cols.source)) continue;
-        const int64_t tap = (rows.filter_first + a * rows.filter_step) * filter_width + cols.filter_first +
-                            b * cols.filter_step;
+        const int64_t tap =
+            (rows.filter_first + a * rows.filter_step) * filter_width + cols.filter_first + b * cols.filter_step;
         visit(source + (row * cols.source + col) * channels, weights + tap * channels);
       }
     }
@@ -279,8 +280,8 @@ void window_row_nhwc(const T* source, const Axis& rows, int64_t i, const Axis& c
   const int64_t last = cols.first + (cols.taps - 1) * cols.inc;  // column of the last tap of output 0
   const int64_t low = min_of(cols.first, last), high = max_of(cols.first, last);
   const int64_t begin = min_of(cols.outputs, low < 0 ? ceil_div(-low, cols.step) : 0);
-  const int64_t end = max_of(begin, min_of(cols.outputs, high < cols.source
-                                                             ? (cols.source - 1 - high) / cols.step + 1 : 0));
+  const int64_t end =
+      max_of(begin, min_of(cols.outputs, high < cols.source ? (cols.source - 1 - high) / cols.step + 1 : 0));
   T* to = out + cols.out_first * channels;
   const int64_t out_step = cols.out_step * channels;
   int64_t j = 0;
@@ -377,8 +378,10 @@ void reduce_wgrad(const Conv2dProblem& pr, const Conv2dPlan& plan, const acc_t<T
       acc_t<T> sum = 0;
       for (int64_t piece = 0; piece < plan.split; ++piece)
         sum += partial[piece * piece_elements + c * c_step + t * tap_step];
-      if (t < taps) dw[c * taps + t] = from_acc<T>(sum);
-      else if (db) db[c] = from_acc<T>(sum);
+      if (t < taps)
+        dw[c * taps + t] = from_acc<T>(sum);
+      else if (db)
+        db[c] = from_acc<T>(sum);
     }
   }
 }

@@ -3,7 +3,8 @@
 // hundred pixels and a few hundred elements of depth into panels that fit the cache, and multiplies them at once.
 //
 //   fprop  y  = filters × patches of x
-//   dgrad  dx = filters × patches of dy, one product for each of the stride² phases of dx, whose pixels share their taps:
+//   dgrad  dx = filters × patches of dy, one product for each of the stride² phases of dx, whose pixels share their
+//   taps:
 //               a gather, so that nothing is multiplied by the zeros between strides, nor added in an order of chance
 //   wgrad  dw = dy × patches of x, summed over all pixels, in pieces that are then added in order
 //
@@ -38,8 +39,8 @@ void wgrad(const Conv2dProblem& problem, const Conv2dPlan& plan, const void* dy,
            void* workspace, void* scratch, const Parallel& parallel) {
   dispatch(problem.dtype, [&](auto element) {
     using T = decltype(element);
-    const WgradOut<T> out{(T*)dw, (T*)db, plan.split > 1 ? (acc_t<T>*)workspace : nullptr,
-                          problem.w_elements(), problem.K};
+    const WgradOut<T> out{(T*)dw, (T*)db, plan.split > 1 ? (acc_t<T>*)workspace : nullptr, problem.w_elements(),
+                          problem.K};
     const auto run = along_pixels(problem, plan.direction) ? wgrad_pixels<T> : wgrad_channels<T>;
     run(problem, plan, (const T*)dy, (const T*)x, out, (char*)scratch, parallel);
     if (plan.split > 1) add_pieces(out, plan.split, parallel);

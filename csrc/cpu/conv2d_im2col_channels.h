@@ -81,8 +81,10 @@ void pack_patch_rows(const Patches<T>& p, int64_t group, int64_t pixel0, int64_t
     const int64_t j = pixel % p.cols.outputs, i = pixel / p.cols.outputs % p.rows.outputs;
     for_patch_pieces(p, group, pixel / p.cols.outputs / p.rows.outputs, i, j, t0, t1,
                      [&](int64_t t, const T* from, int64_t length) {
-                       if (from) copy_spilling(from, length, p.end(), out + t);
-                       else zero_spilling<T>(length, out + t);
+                       if (from)
+                         copy_spilling(from, length, p.end(), out + t);
+                       else
+                         zero_spilling<T>(length, out + t);
                      });
   }
 }
@@ -156,7 +158,7 @@ void gather_channels(const Conv2dProblem& pr, const Conv2dPlan& plan, const Gath
         pack_patch_rows(p, group, pixel0, count, t0, t1, packed, a_row);
       }
       multiply_block(count, panels, t1 - t0, a, a_row, 1,
-                     gather.weights + ((group * all_panels + m0 / panel_cols<E>) * depth + t0) * panel_cols<E>,
+                     gather.weights + ((group * all_panels + m0 / panel_cols<E>)*depth + t0) * panel_cols<E>,
                      depth * panel_cols<E>, c, c_row, t0 > 0);
     }
     for (int64_t pixel = pixel0; pixel < pixel0 + count; ++pixel, c += c_row) {
@@ -174,7 +176,7 @@ void gather_channels(const Conv2dProblem& pr, const Conv2dPlan& plan, const Gath
 
 template <typename T>
 void fprop_channels(const Conv2dProblem& pr, const Conv2dPlan& plan, const T* x, const T* w, const T* bias, T* y,
-                void* workspace, char* scratch, const Parallel& parallel) {
+                    void* workspace, char* scratch, const Parallel& parallel) {
   using E = acc_t<T>;
   const int64_t kg = pr.filters_per_group(), depth = pr.channels_per_group() * pr.R * pr.S;
   E* weights = (E*)workspace;
@@ -184,8 +186,7 @@ void fprop_channels(const Conv2dProblem& pr, const Conv2dPlan& plan, const T* x,
     transpose(w + (task / panels * kg + k0) * depth, depth, min_of<int64_t>(panel_cols<E>, kg - k0), depth,
               weights + task * depth * panel_cols<E>, panel_cols<E>);
   });
-  const ChannelGather<T> gather{
-      {fprop_rows(pr), fprop_cols(pr), pr.N, pr.groups, pr.channels_per_group(), x}, weights};
+  const ChannelGather<T> gather{{fprop_rows(pr), fprop_cols(pr), pr.N, pr.groups, pr.channels_per_group(), x}, weights};
   gather_channels<T>(pr, plan, [&](int64_t, int64_t) { return gather; }, pr.P, pr.Q, bias, y, scratch, parallel);
 }
 
@@ -216,8 +217,11 @@ void dgrad_channels(const Conv2dProblem& pr, const Conv2dPlan& plan, const T* dy
     for (int64_t r = 0; r < rows.taps; ++r)
       for (int64_t s = 0; s < cols.taps; ++s)
         for (int64_t k = 0; k < kg; ++k, to += panel_cols<E>)
-          copy_strided(w + (((group * kg + k) * pr.R + rows.filter_first + r * rows.filter_step) * pr.S +
-                            cols.filter_first + s * cols.filter_step) * cg + c0,
+          copy_strided(w +
+                           (((group * kg + k) * pr.R + rows.filter_first + r * rows.filter_step) * pr.S +
+                            cols.filter_first + s * cols.filter_step) *
+                               cg +
+                           c0,
                        1, to, min_of<int64_t>(panel_cols<E>, cg - c0));
   });
   gather_channels<T>(pr, plan, gather_of, pr.H, pr.W, nullptr, dx, scratch, parallel);
@@ -241,7 +245,7 @@ void add_rows(const E* a, int64_t pitch, int64_t rows, int64_t cols, E* sums) {
 
 template <typename T>
 void wgrad_channels(const Conv2dProblem& pr, const Conv2dPlan& plan, const T* dy, const T* x, const WgradOut<T>& out,
-                char* scratch, const Parallel& parallel) {
+                    char* scratch, const Parallel& parallel) {
   using E = acc_t<T>;
   const Patches<T> p{fprop_rows(pr), fprop_cols(pr), pr.N, pr.groups, pr.channels_per_group(), x};
   const int64_t kg = pr.filters_per_group(), depth = p.taps() * p.channels, pixels = p.pixels();

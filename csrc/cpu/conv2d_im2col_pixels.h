@@ -262,8 +262,8 @@ void gather_pixels(const Conv2dProblem& pr, const Conv2dPlan& plan, const Gather
             const E* window = planes.data + n * planes.image + i * planes.row + at % line;
             for_row_tiles(m_count, [&](int64_t m, auto height) {
               multiply_window_tile<E, height.value>(ch_count, planes.plane, tap_count, offsets + tap0,
-                                                    a.data + m * a.row, a.row, a.col, window, c + m * c_row + at,
-                                                    c_row, add);
+                                                    a.data + m * a.row, a.row, a.col, window, c + m * c_row + at, c_row,
+                                                    add);
             });
           }
         } else {
@@ -305,19 +305,33 @@ void gather_pixels(const Conv2dProblem& pr, const Conv2dPlan& plan, const Gather
 template <typename T>
 void fprop_pixels(const Conv2dProblem& pr, const Conv2dPlan& plan, const T* x, const T* w, const T* bias, T* y, void*,
                   char* scratch, const Parallel& parallel) {
-  const Gather<T> gather{fprop_rows(pr), fprop_cols(pr), pr.N, pr.groups, pr.channels_per_group(),
-                         pr.filters_per_group(), images(x, pr.layout, pr.C, pr.H, pr.W),
-                         filters(w, pr, Direction::fprop), bias, images(y, pr.layout, pr.K, pr.P, pr.Q)};
+  const Gather<T> gather{fprop_rows(pr),
+                         fprop_cols(pr),
+                         pr.N,
+                         pr.groups,
+                         pr.channels_per_group(),
+                         pr.filters_per_group(),
+                         images(x, pr.layout, pr.C, pr.H, pr.W),
+                         filters(w, pr, Direction::fprop),
+                         bias,
+                         images(y, pr.layout, pr.K, pr.P, pr.Q)};
   gather_pixels<T>(pr, plan, [&](int64_t, int64_t) { return gather; }, scratch, parallel);
 }
 
 template <typename T>
-void dgrad_pixels(const Conv2dProblem& pr, const Conv2dPlan& plan, const T* dy, const T* w, T* dx, void*,
-                  char* scratch, const Parallel& parallel) {
+void dgrad_pixels(const Conv2dProblem& pr, const Conv2dPlan& plan, const T* dy, const T* w, T* dx, void*, char* scratch,
+                  const Parallel& parallel) {
   const auto gather_of = [&](int64_t a, int64_t b) {
-    return Gather<T>{dgrad_rows(pr, a), dgrad_cols(pr, b), pr.N, pr.groups, pr.filters_per_group(),
-                     pr.channels_per_group(), images(dy, pr.layout, pr.K, pr.P, pr.Q),
-                     filters(w, pr, Direction::dgrad), nullptr, images(dx, pr.layout, pr.C, pr.H, pr.W)};
+    return Gather<T>{dgrad_rows(pr, a),
+                     dgrad_cols(pr, b),
+                     pr.N,
+                     pr.groups,
+                     pr.filters_per_group(),
+                     pr.channels_per_group(),
+                     images(dy, pr.layout, pr.K, pr.P, pr.Q),
+                     filters(w, pr, Direction::dgrad),
+                     nullptr,
+                     images(dx, pr.layout, pr.C, pr.H, pr.W)};
   };
   gather_pixels<T>(pr, plan, gather_of, scratch, parallel);
 }
@@ -399,8 +413,8 @@ void wgrad_pixels(const Conv2dProblem& pr, const Conv2dPlan& plan, const T* dy_d
       }
       if (!in_place) {
         const Strips row_strips = make_strips(rows, i_count), col_strips = make_strips(cols, j_count);
-        const Planes<E> planes = stage_block<T>(x, n0, n_count, group * cg + c0, c_count, rows, row_strips, i0, cols,
-                                                col_strips, j0, stage);
+        const Planes<E> planes =
+            stage_block<T>(x, n0, n_count, group * cg + c0, c_count, rows, row_strips, i0, cols, col_strips, j0, stage);
         // A[t][pixel], written in order: vectors spill into what is written next, or past the end of a row.
         E* to = packed;
         for (int64_t ch = 0; ch < c_count; ++ch) {

@@ -30,8 +30,10 @@ FASTCONV_INLINE void copy_strided(const T* source, int64_t step, acc_t<T>* out, 
     for (; i + lanes<T> <= count; i += lanes<T>) store(out + i, load(source + i));
     if (i == count) return;
     const vec_t<T> rest = load_first(source + i, count - i);
-    if (Spill) store(out + i, rest);
-    else store_first(out + i, rest, count - i);
+    if (Spill)
+      store(out + i, rest);
+    else
+      store_first(out + i, rest, count - i);
     return;
   }
   if (step == 2)  // the second load reads one element past the last one that is needed
@@ -92,7 +94,8 @@ void stage_pixels(const T* image, int64_t pitch, int64_t channels, const Axis& r
       const int64_t row = row_strips.origin(rows, a, i0) + i * rows.step;
       for (int64_t b = 0; b < col_strips.count; ++b, out += col_strips.length) {
         const int64_t first = col_strips.origin(cols, b, j0);
-        const Inside inside = row < 0 || row >= rows.source ? Inside{0, 0} : inside_strip(cols, first, col_strips.length);
+        const Inside inside =
+            row < 0 || row >= rows.source ? Inside{0, 0} : inside_strip(cols, first, col_strips.length);
         for (int64_t channel = 0; channel < channels; ++channel) {
           fill_zero<T>(out + channel * plane_pitch, inside.begin);
           fill_zero<T>(out + channel * plane_pitch + inside.end, col_strips.length - inside.end);

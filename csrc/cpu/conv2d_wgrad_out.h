@@ -17,8 +17,10 @@ struct WgradOut {
   template <typename Write>
   FASTCONV_INLINE void with_piece(int64_t piece, const Write& write) const {
     acc_t<T>* sums = partial + piece * (w_elements + K);
-    if (partial) write(sums, sums + w_elements);
-    else write(dw, db);
+    if (partial)
+      write(sums, sums + w_elements);
+    else
+      write(dw, db);
   }
 };
 
@@ -31,8 +33,10 @@ void add_pieces(const WgradOut<T>& out, int64_t pieces, const Parallel& parallel
     for (int64_t i = task * chunk; i < min_of(total, (task + 1) * chunk); ++i) {
       acc_t<T> sum = 0;
       for (int64_t piece = 0; piece < pieces; ++piece) sum += out.partial[piece * total + i];
-      if (i < out.w_elements) out.dw[i] = from_acc<T>(sum);
-      else if (out.db) out.db[i - out.w_elements] = from_acc<T>(sum);
+      if (i < out.w_elements)
+        out.dw[i] = from_acc<T>(sum);
+      else if (out.db)
+        out.db[i - out.w_elements] = from_acc<T>(sum);
     }
   });
 }

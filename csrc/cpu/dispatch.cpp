@@ -6,16 +6,16 @@
 
 namespace fastconv::cpu {
 
-#define FASTCONV_DECLARE_ISA(isa)               \
-  namespace isa {                               \
-  extern const Conv2dKernels conv2d_direct;     \
-  extern const Conv2dKernels conv2d_im2col;     \
-  extern const Conv2dKernels conv2d_depthwise;  \
-  extern const MaxPool2dKernels max_pool2d;     \
-  extern const BatchNormKernels batch_norm;     \
-  }                                             \
-  static const Kernels isa##_kernels = {#isa,                    &isa::conv2d_direct, &isa::conv2d_im2col, \
-                                        &isa::conv2d_depthwise, &isa::max_pool2d,    &isa::batch_norm}
+#define FASTCONV_DECLARE_ISA(isa)              \
+  namespace isa {                              \
+  extern const Conv2dKernels conv2d_direct;    \
+  extern const Conv2dKernels conv2d_im2col;    \
+  extern const Conv2dKernels conv2d_depthwise; \
+  extern const MaxPool2dKernels max_pool2d;    \
+  extern const BatchNormKernels batch_norm;    \
+  }                                            \
+  static const Kernels isa##_kernels = {       \
+      #isa, &isa::conv2d_direct, &isa::conv2d_im2col, &isa::conv2d_depthwise, &isa::max_pool2d, &isa::batch_norm}
 
 FASTCONV_DECLARE_ISA(baseline);
 #if defined(__x86_64__)
@@ -29,8 +29,8 @@ std::vector<const Kernels*> all_kernels() {
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {  // every such CPU has F16C too
     tables.push_back(&avx2_kernels);
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq"))
       tables.push_back(&avx512_kernels);
   }
 #endif

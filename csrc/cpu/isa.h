@@ -99,9 +99,13 @@ FASTCONV_INLINE float to_acc(float16_t v) {
 template <typename T>
 T from_acc(acc_t<T> v);
 template <>
-FASTCONV_INLINE float from_acc<float>(float v) { return v; }
+FASTCONV_INLINE float from_acc<float>(float v) {
+  return v;
+}
 template <>
-FASTCONV_INLINE double from_acc<double>(double v) { return v; }
+FASTCONV_INLINE double from_acc<double>(double v) {
+  return v;
+}
 template <>
 FASTCONV_INLINE bfloat16_t from_acc<bfloat16_t>(float v) {  // round to nearest, ties to even
   uint32_t bits;
@@ -123,9 +127,9 @@ FASTCONV_INLINE float16_t from_acc<float16_t>(float v) {
   memcpy(&bits, &v, 4);
   const uint32_t sign = (bits >> 16) & 0x8000;
   bits &= 0x7fffffff;
-  if (bits > 0x7f800000) return {uint16_t(sign | 0x7e00)};       // NaN
-  if (bits >= 0x477ff000) return {uint16_t(sign | 0x7c00)};      // rounds to 2^16 or more: infinity
-  if (bits < 0x38800000) {                                       // below 2^−14: subnormal, a multiple of 2^−24
+  if (bits > 0x7f800000) return {uint16_t(sign | 0x7e00)};   // NaN
+  if (bits >= 0x477ff000) return {uint16_t(sign | 0x7c00)};  // rounds to 2^16 or more: infinity
+  if (bits < 0x38800000) {                                   // below 2^−14: subnormal, a multiple of 2^−24
     float magnitude;
     memcpy(&magnitude, &bits, 4);
     const float shifted = magnitude + 0.5f;  // ulp(0.5) = 2^−24: the addition rounds to even
@@ -178,8 +182,8 @@ FASTCONV_INLINE void store(bfloat16_t* p, vec_t<float> v) {
 }
 FASTCONV_INLINE void store(float16_t* p, vec_t<float> v) {
 #if defined(__AVX512F__)
-  _mm256_storeu_si256((__m256i*)p, _mm512_maskz_cvtps_ph(0xffff, (__m512)v,
-                                                         _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  _mm256_storeu_si256((__m256i*)p,
+                      _mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #elif defined(__AVX2__)
   _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #else
@@ -255,8 +259,7 @@ void for_each_task(const Parallel& parallel, int64_t tasks, const Task& task) {
   } context{task, tasks, 0};
   const auto body = [](int worker, void* opaque) {
     Context& c = *static_cast<Context*>(opaque);
-    for (int64_t i; (i = __atomic_fetch_add(&c.next, 1, __ATOMIC_RELAXED)) < c.tasks;)
-      c.task(worker, i);
+    for (int64_t i; (i = __atomic_fetch_add(&c.next, 1, __ATOMIC_RELAXED)) < c.tasks;) c.task(worker, i);
   };
   const int workers = int(tasks < parallel.workers ? tasks : parallel.workers);
   if (workers <= 1) return body(0, &context);
@@ -275,9 +278,13 @@ FASTCONV_INLINE void dispatch(DType dtype, F&& f) {
 }
 
 template <typename T>
-FASTCONV_INLINE T min_of(T a, T b) { return b < a ? b : a; }
+FASTCONV_INLINE T min_of(T a, T b) {
+  return b < a ? b : a;
+}
 template <typename T>
-FASTCONV_INLINE T max_of(T a, T b) { return a < b ? b : a; }
+FASTCONV_INLINE T max_of(T a, T b) {
+  return a < b ? b : a;
+}
 FASTCONV_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace

@@ -30,8 +30,8 @@ struct Best {
   vec_t<T> value;
   mask_t<T> offset;
 };
-// Scans rows × cols taps from offset `first` on; value_at(r, s) gives their values. Without NaNs one comparison a tap is
-// enough; the sum of the values, which a NaN makes NaN, tells whether to scan again with all of them.
+// Scans rows × cols taps from offset `first` on; value_at(r, s) gives their values. Without NaNs one comparison a tap
+// is enough; the sum of the values, which a NaN makes NaN, tells whether to scan again with all of them.
 template <typename T, typename Load>
 FASTCONV_INLINE Best<T> scan(int64_t rows, int64_t cols, int64_t first, int64_t window_width, const Load& value_at) {
   const mask_t<T> next_row = all_taps<T>(window_width - cols);
@@ -62,8 +62,8 @@ FASTCONV_INLINE Best<T> scan(int64_t rows, int64_t cols, int64_t first, int64_t 
 
 // One window of one channel. Element (h, w) of the plane is plane[(h·W + w)·pixel].
 template <typename T, typename Offset>
-__attribute__((noinline)) void forward_window(const MaxPool2dProblem& p, const T* plane, int64_t pixel,
-                                              int64_t out_row, int64_t out_column, T* y, Offset* offsets, int64_t i) {
+__attribute__((noinline)) void forward_window(const MaxPool2dProblem& p, const T* plane, int64_t pixel, int64_t out_row,
+                                              int64_t out_column, T* y, Offset* offsets, int64_t i) {
   const int64_t h = out_row * p.stride_h - p.pad_h, w = out_column * p.stride_w - p.pad_w;
   const Taps rows = taps_inside(h, p.dilation_h, p.R, p.H), cols = taps_inside(w, p.dilation_w, p.S, p.W);
   acc_t<T> best = -__builtin_inf();
@@ -97,8 +97,8 @@ FASTCONV_INLINE void forward_row(const MaxPool2dProblem& p, const T* plane, int6
 
   int64_t q = inner_begin;
   const T* corner = plane + (h + rows.begin * dilation_h) * W - p.pad_w;  // of window 0, without the rows above x
-  const int64_t span = (rows.end - rows.begin - 1) * dilation_h * W + (S - 1) * dilation_w +
-                       elements_read<stride>(lanes<T>, step);
+  const int64_t span =
+      (rows.end - rows.begin - 1) * dilation_h * W + (S - 1) * dilation_w + elements_read<stride>(lanes<T>, step);
   // Rows are short, and the processor does not foresee that the next ones follow.
   const int64_t prefetched = taps ? p.stride_h : 0;
   const auto run = [&](int64_t row_count) __attribute__((always_inline)) {
@@ -106,12 +106,11 @@ FASTCONV_INLINE void forward_row(const MaxPool2dProblem& p, const T* plane, int6
          q += lanes<T>) {
       const T* first = corner + q * step;
       for (int64_t r = 0; r < min_of(row_count, prefetched); ++r) __builtin_prefetch(first + (row_count + r) * W);
-      const Best<T> best = scan<T>(row_count, S, rows.begin * S, S,
-                                   [=](int64_t r, int64_t s) __attribute__((always_inline)) {
-                                     const T* row = first + r * dilation_h * W;
-                                     return taps ? load_tap<stride>(row, s, step)
-                                                 : load_strided<stride>(row + s * dilation_w, step);
-                                   });
+      const Best<T> best =
+          scan<T>(row_count, S, rows.begin * S, S, [=](int64_t r, int64_t s) __attribute__((always_inline)) {
+            const T* row = first + r * dilation_h * W;
+            return taps ? load_tap<stride>(row, s, step) : load_strided<stride>(row + s * dilation_w, step);
+          });
       store(y + q - begin, stride == 2 ? in_order(best.value) : best.value);
       if constexpr (is_kept<Offset>)
         store_offsets<T>(offsets + q - begin, stride == 2 ? in_order(best.offset) : best.offset);

@@ -92,7 +92,7 @@ struct alignas(16) Shared {
   unsigned char memory[bytes];
 };
 template <typename Value, int n, int threads>
-using ReductionMemory = Shared<n * threads * int(sizeof(Value))>;
+using ReductionMemory = Shared<n * threads* int(sizeof(Value))>;
 
 // ---- What becomes of a channel's sums; S is the type of the statistics ----
 
@@ -152,8 +152,8 @@ template <typename T>
 constexpr bool squares_overflow = std::is_same_v<T, float> || std::is_same_v<T, __nv_bfloat16>;
 
 template <typename T, int channels>
-using MomentsMemory = Shared<block_threads *
-                             int(std::max(channels * sizeof(Moments<acc_t<T>>), sizeof(Moments<double>)))>;
+using MomentsMemory =
+    Shared<block_threads* int(std::max(channels * sizeof(Moments<acc_t<T>>), sizeof(Moments<double>)))>;
 
 template <typename T, int width, int channels>
 __global__ void __launch_bounds__(block_threads, least_blocks<channels>)
@@ -236,8 +236,7 @@ __global__ void __launch_bounds__(block_threads, least_blocks<channels>)
   reduce_block(sums, tiles.slot_bits, reinterpret_cast<GradientSums<A>*>(shared.memory));
   if (!tile.is_first_of_channel()) return;
 #pragma unroll
-  for (int k = 0; k < channels; ++k)
-    hand_over(sums[k].in_double(), tile.c + k, tiles, tile.piece, finish, pieces);
+  for (int k = 0; k < channels; ++k) hand_over(sums[k].in_double(), tile.c + k, tiles, tile.piece, finish, pieces);
 }
 
 // ---- Applying ----
@@ -381,9 +380,9 @@ Status batch_norm_eval(const BatchNormProblem& p, const BatchNormPlan&, const vo
   return dispatch(p.dtype, [&](auto t) {
     using T = decltype(t);
     using S = acc_t<T>;
-    const Affine<S> affine{static_cast<const S*>(mean),   nullptr,
-                           static_cast<const S*>(var),    static_cast<const S*>(weight),
-                           static_cast<const S*>(bias),   S(eps)};
+    const Affine<S> affine{static_cast<const S*>(mean), nullptr,
+                           static_cast<const S*>(var),  static_cast<const S*>(weight),
+                           static_cast<const S*>(bias), S(eps)};
     return apply(p, static_cast<const T*>(x), affine, static_cast<T*>(y), stream);
   });
 }

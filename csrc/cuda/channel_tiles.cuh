@@ -19,9 +19,9 @@ constexpr int unroll = 4;       // items of a thread whose loads are in flight t
 constexpr int items_alone = 8;  // of a thread whose results need no other's
 
 struct ChannelTiles {
-  int64_t C, items, piece_items;   // items a channel (or vector of channels), and in one piece of it
+  int64_t C, items, piece_items;  // items a channel (or vector of channels), and in one piece of it
   unsigned pieces;
-  int slot_bits, step_bits;        // a block has 2^slot_bits vectors of channels, in 2^step_bits items each
+  int slot_bits, step_bits;  // a block has 2^slot_bits vectors of channels, in 2^step_bits items each
   int64_t channel_stride, plane_stride;
   Divide<int64_t> plane_items;
   // A thread's next item is 2^step_bits further on: so many items of the plane, and elements; and what is to be added
@@ -34,8 +34,8 @@ template <int width, int channels>
 struct ChannelTile {
   const ChannelTiles& tiles;
   unsigned piece;
-  int64_t c, left;         // first channel, and how many items are left to visit
-  int64_t in_plane, at;    // the item at hand: in its plane, and its first element in x
+  int64_t c, left;       // first channel, and how many items are left to visit
+  int64_t in_plane, at;  // the item at hand: in its plane, and its first element in x
 
   __device__ __forceinline__ explicit ChannelTile(const ChannelTiles& t) : tiles(t) {
     const unsigned group = blockIdx.x / t.pieces, slot = threadIdx.x & ((1u << t.slot_bits) - 1);

@@ -16,17 +16,17 @@
 namespace fastconv::cuda {
 namespace {
 
-constexpr int strip = 4;             // rows a thread
+constexpr int strip = 4;  // rows a thread
 constexpr int strips_per_thread = 8;
 constexpr int staged_filter = 3136;  // elements of filters in shared memory: 64 channels of 7 × 7
 
 struct Depthwise {
   Layout layout;
   bool dgrad;
-  bool turned;              // the filter, for dgrad with stride 1
-  bool divides;             // dgrad with a stride: rows and columns that are no whole multiples have no source
-  bool staged;              // NHWC: the filters of the block's channels are in shared memory
-  int channels, multiplier; // of the output; m
+  bool turned;               // the filter, for dgrad with stride 1
+  bool divides;              // dgrad with a stride: rows and columns that are no whole multiples have no source
+  bool staged;               // NHWC: the filters of the block's channels are in shared memory
+  int channels, multiplier;  // of the output; m
   int out_h, out_w, in_h, in_w, R, S;
   int stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
   int64_t N;
@@ -197,8 +197,8 @@ struct DepthwiseWgradShared {
 // partial[split][k][r][s] and bias_partial[split][k], which may be null
 template <typename T>
 __global__ void __launch_bounds__(depthwise_threads)
-    conv2d_depthwise_wgrad_kernel(const __grid_constant__ DepthwiseWgrad g, const T* x, const T* dy,
-                                  acc_t<T>* partial, acc_t<T>* bias_partial) {
+    conv2d_depthwise_wgrad_kernel(const __grid_constant__ DepthwiseWgrad g, const T* x, const T* dy, acc_t<T>* partial,
+                                  acc_t<T>* bias_partial) {
   using acc = acc_t<T>;
   auto& shared = shared_memory<DepthwiseWgradShared<T>>();
   const int lanes = g.channel_lanes, pixel_lanes = depthwise_threads / lanes;
@@ -278,8 +278,8 @@ Status gather(const Conv2dProblem& problem, const Conv2dPlan& plan, const T* in,
   g.in = g.dgrad ? y_strides(p) : x_strides(p);
   g.out = g.dgrad ? x_strides(p) : y_strides(p);
   g.channel_lanes = depthwise_channel_lanes(p);
-  g.staged = p.layout == Layout::NHWC && (!g.dgrad || g.multiplier == 1) &&
-             g.channel_lanes * p.R * p.S <= staged_filter;
+  g.staged =
+      p.layout == Layout::NHWC && (!g.dgrad || g.multiplier == 1) && g.channel_lanes * p.R * p.S <= staged_filter;
   const int64_t strips = pieces(g.out_h, strip);
   const bool nchw = p.layout == Layout::NCHW;
   g.channel_tiles = nchw ? 1 : pieces(g.channels, g.channel_lanes);
@@ -288,14 +288,13 @@ Status gather(const Conv2dProblem& problem, const Conv2dPlan& plan, const T* in,
   g.multiples = Divisor(g.multiplier);
   g.divide_h = Divisor(p.stride_h), g.divide_w = Divisor(p.stride_w);
 
-  const bool fixed = p.R == 3 && p.S == 3 && p.dilation_h == 1 && p.dilation_w == 1 && p.stride_h == p.stride_w &&
-                     p.stride_h <= 2;
+  const bool fixed =
+      p.R == 3 && p.S == 3 && p.dilation_h == 1 && p.dilation_w == 1 && p.stride_h == p.stride_w && p.stride_h <= 2;
   auto* kernel = !fixed            ? conv2d_depthwise_kernel<T, Window::any>
                  : g.divides       ? conv2d_depthwise_kernel<T, Window::divide_by_2>
                  : p.stride_h == 2 ? conv2d_depthwise_kernel<T, Window::stride_2>
                                    : conv2d_depthwise_kernel<T, Window::stride_1>;
-  const int64_t blocks =
-      g.channel_tiles * pieces(g.positions, depthwise_threads / g.channel_lanes * strips_per_thread);
+  const int64_t blocks = g.channel_tiles * pieces(g.positions, depthwise_threads / g.channel_lanes * strips_per_thread);
   return launch("conv2d_depthwise_kernel", kernel, dim3(unsigned(blocks)), dim3(depthwise_threads),
                 g.staged ? sizeof(DepthwiseShared<T>) : 0, stream, g, in, w, bias, out);
 }

@@ -24,7 +24,7 @@ struct Direct {
   int64_t groups, in_channels, out_channels;  // of a group
   int64_t channel_tiles;                      // of a group
   Strides in, out;
-  int64_t w_group, w_out, w_in, w_r, w_s;     // strides of w by group, output channel, input channel, tap
+  int64_t w_group, w_out, w_in, w_r, w_s;  // strides of w by group, output channel, input channel, tap
   bool out_quads;
   Divisor patch_w, patch_h, images, channels;  // extents of the patch
   Divisor chunk_w, chunk_h, pixels_w, pixels_h;
@@ -48,8 +48,7 @@ __device__ Taps taps_of_phase(const DirectAxis& axis, int64_t phase, bool dgrad)
   if (!dgrad) return {-axis.pad, axis.taps, 0};
   for (int64_t tap = 0; tap < axis.tap_step && tap < axis.taps; ++tap) {
     const int64_t distance = phase + axis.pad - tap * axis.dilation;
-    if (distance % axis.stride == 0)
-      return {distance / axis.stride, (axis.taps - 1 - tap) / axis.tap_step + 1, tap};
+    if (distance % axis.stride == 0) return {distance / axis.stride, (axis.taps - 1 - tap) / axis.tap_step + 1, tap};
   }
   return {0, 0, 0};
 }
@@ -139,9 +138,10 @@ __global__ void __launch_bounds__(direct_threads, sizeof(T) == 8 ? 1 : 2)
             const int64_t tap_r = taps_h.tap0 + (r0 + r) * tile.h.tap_step;
             const int64_t tap_s = taps_w.tap0 + (s0 + s) * tile.w.tap_step;
             shared.filter[((c * tile.h.chunk + r) * tile.w.chunk + s) * filter_pitch + k] =
-                inside ? to_acc(w[group * g.w_group + (k0 + k) * g.w_out + (c0 + c) * g.w_in + tap_r * g.w_r +
-                                  tap_s * g.w_s])
-                       : acc(0);
+                inside
+                    ? to_acc(
+                          w[group * g.w_group + (k0 + k) * g.w_out + (c0 + c) * g.w_in + tap_r * g.w_r + tap_s * g.w_s])
+                    : acc(0);
           }
           __syncthreads();
           for (int c = 0; c < channels; ++c) {
@@ -249,9 +249,8 @@ __global__ void __launch_bounds__(direct_threads, sizeof(T) == 8 ? 1 : 2)
                 : acc(0);
         // No product with x is made outside of y: zero times infinity would spoil the sum.
         if (k == 0)
-          shared.pixel[pixel] = inside ? int(n * tile.h.extent * patch_w + i * tile.h.patch_step * patch_w +
-                                             j * tile.w.patch_step)
-                                       : -1;
+          shared.pixel[pixel] =
+              inside ? int(n * tile.h.extent * patch_w + i * tile.h.patch_step * patch_w + j * tile.w.patch_step) : -1;
       }
       __syncthreads();
       if (slice >= g.slices) continue;

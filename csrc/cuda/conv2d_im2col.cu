@@ -85,9 +85,9 @@ __global__ void im2col_nhwc_kernel(const __grid_constant__ Windows g, bool quads
 // The way back: an element of dx adds up, in the order of (r, s), the windows' elements that were read from it.
 struct Gather {
   Strides x;
-  int count;               // elements of dx in this chunk
-  int first_row, rows;     // of dx, of each image
-  int first, P, Q;         // the first pixel that the windows hold
+  int count;            // elements of dx in this chunk
+  int first_row, rows;  // of dx, of each image
+  int first, P, Q;      // the first pixel that the windows hold
   int R, S, pad_h, pad_w, dilation_h, dilation_w;
   int64_t pixel_stride, tap_stride;  // of the windows; tap (r, s) is at (r·S + s)·tap_stride
   Index channel;
@@ -176,9 +176,7 @@ struct Im2col {
   }
 
   // A chunk's pixels of y, dy or, where the windows are x itself, x and dx: tensors of C channels with P × Q pixels.
-  int64_t start(const Chunk& chunk, int64_t C) const {
-    return chunk.image * C * plane + chunk.first * (nchw ? 1 : C);
-  }
+  int64_t start(const Chunk& chunk, int64_t C) const { return chunk.image * C * plane + chunk.first * (nchw ? 1 : C); }
   Index pixel_index(const Chunk& chunk, int64_t C) const {
     if (nchw && chunk.images > 1) return {1, C * plane, Divisor(plane)};
     return {nchw ? 1 : C, 0, {}};
@@ -259,8 +257,7 @@ struct Im2col {
     g.filter = Divisor(p.R * p.S), g.filter_row = Divisor(p.S), g.channels = Divisor(channels);
     T* windows = reinterpret_cast<T*>(matrix);
     const dim3 grid(blocks_of(int64_t(g.rows) * (g.pitch / 4)));
-    if (nchw)
-      return launch("im2col_nchw_kernel", im2col_nchw_kernel<T>, grid, dim3(256), 0, stream, g, x, windows);
+    if (nchw) return launch("im2col_nchw_kernel", im2col_nchw_kernel<T>, grid, dim3(256), 0, stream, g, x, windows);
     const bool quads = channels % 4 == 0 && is_aligned(x, quad_alignment<T>);
     return launch("im2col_nhwc_kernel", im2col_nhwc_kernel<T>, grid, dim3(256), 0, stream, g, quads, x, windows);
   }
@@ -308,9 +305,8 @@ Status dgrad(const Im2col& c, const T* dy, const T* w, T* dx) {
                      chunk.size(), c.filters);
   };
   if (c.chunks.identity)
-    return c.for_each_chunk(c.plane, [&](const Chunk& chunk) {
-      return c.multiply_into<T>(dx, chunk, p.C, nullptr, product(chunk));
-    });
+    return c.for_each_chunk(
+        c.plane, [&](const Chunk& chunk) { return c.multiply_into<T>(dx, chunk, p.C, nullptr, product(chunk)); });
   return c.for_each_chunk(p.H, [&](const Chunk& rows) {
     // The rows of y whose windows reach these rows of dx; those of several images must be whole to be counted through.
     const int64_t last = (rows.first + rows.count - 1 + p.pad_h) / p.stride_h;

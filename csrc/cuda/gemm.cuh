@@ -96,7 +96,9 @@ __device__ __forceinline__ void gemm_store(acc_t<T> (&shared)[gemm_depth][tile +
 
 // Blocks an SM can hold, which limits the registers of a thread to 128 or 168, of float64 to 255.
 template <typename T, int tile>
-constexpr int gemm_blocks_per_sm = tile == 128 ? 2 : sizeof(T) == 8 ? 4 : 6;
+constexpr int gemm_blocks_per_sm = tile == 128      ? 2
+                                   : sizeof(T) == 8 ? 4
+                                                    : 6;
 
 template <typename T, int tile>
 __global__ void __launch_bounds__(tile* tile / 64, gemm_blocks_per_sm<T, tile>)
@@ -209,8 +211,8 @@ __global__ void __launch_bounds__(tile* tile / 64, gemm_blocks_per_sm<T, tile>)
         continue;
       }
       T* out = static_cast<T*>(g.c) + batch * g.c_batch_stride + g.c_m.offset(m);
-      const T* bias = g.bias ? static_cast<const T*>(g.bias) + batch * g.bias_batch_stride + m * g.bias_m_stride
-                             : nullptr;
+      const T* bias =
+          g.bias ? static_cast<const T*>(g.bias) + batch * g.bias_batch_stride + m * g.bias_m_stride : nullptr;
       Quad<T> rounded;
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
@@ -241,9 +243,11 @@ template <typename T>
 Status run_gemm(Gemm g, int tile, int splits, Stream stream) {
   if (g.batches == 1) g.a.batch_stride = g.b.batch_stride = g.c_batch_stride = 0;
   g.a.quads = has_quads<T>(g.a.data, g.a.along_k ? g.a.k : g.a.i, g.a.along_k ? g.a.i : g.a.k, g.a.batch_stride,
-                           g.a.along_k ? g.k : g.m) || g.a.quads;
+                           g.a.along_k ? g.k : g.m) ||
+              g.a.quads;
   g.b.quads = has_quads<T>(g.b.data, g.b.along_k ? g.b.k : g.b.i, g.b.along_k ? g.b.i : g.b.k, g.b.batch_stride,
-                           g.b.along_k ? g.k : g.n) || g.b.quads;
+                           g.b.along_k ? g.k : g.n) ||
+              g.b.quads;
   g.c_quads = g.c && has_quads<T>(g.c, g.c_n, g.c_m, g.c_batch_stride, g.n);
   g.splits = splits;
   g.k_per_split = int(ceil_div(ceil_div(g.k, splits), gemm_depth)) * gemm_depth;
@@ -253,8 +257,8 @@ Status run_gemm(Gemm g, int tile, int splits, Stream stream) {
   if (blocks == 0) return {};
   if constexpr (sizeof(T) != 8) {  // 8 × 8 float64 sums a thread leave no room for a second block of 256 threads
     if (tile == 128)
-      return launch("gemm_kernel", gemm_kernel<T, 128>, dim3(unsigned(blocks)), dim3(256),
-                    sizeof(GemmShared<T, 128>), stream, g);
+      return launch("gemm_kernel", gemm_kernel<T, 128>, dim3(unsigned(blocks)), dim3(256), sizeof(GemmShared<T, 128>),
+                    stream, g);
   }
   return launch("gemm_kernel", gemm_kernel<T, 64>, dim3(unsigned(blocks)), dim3(64), sizeof(GemmShared<T, 64>), stream,
                 g);

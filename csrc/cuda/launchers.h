@@ -21,9 +21,9 @@ struct Status {
 using Stream = void*;
 
 struct DeviceInfo {
-  int sm = 0;           // compute capability × 10
+  int sm = 0;  // compute capability × 10
   int num_sms = 0;
-  int driver = 0;       // CUDA version the driver supports, e.g. 13000
+  int driver = 0;  // CUDA version the driver supports, e.g. 13000
 };
 Status device_info(int device, DeviceInfo* info);
 

@@ -29,16 +29,30 @@ constexpr int least_blocks = sizeof(Index) == 4 ? 4 : 1;
 template <typename Index>
 struct Pool {
   Index C, H, W, R, S, P, Q, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
-  int64_t threads = 0;          // work items of the launch
+  int64_t threads = 0;                 // work items of the launch
   Divide<Index> inner, middle, outer;  // an item's coordinates, fastest first: see each kernel
   Divide<Index> by_stride_h, by_stride_w, by_dilation_h, by_dilation_w, by_width;
-  bool whole_vectors = false;   // backward NCHW: rows of dx are made of whole, aligned vectors
+  bool whole_vectors = false;  // backward NCHW: rows of dx are made of whole, aligned vectors
 
   explicit Pool(const MaxPool2dProblem& p)
-      : C(Index(p.C)), H(Index(p.H)), W(Index(p.W)), R(Index(p.R)), S(Index(p.S)), P(Index(p.P)), Q(Index(p.Q)),
-        stride_h(Index(p.stride_h)), stride_w(Index(p.stride_w)), pad_h(Index(p.pad_h)), pad_w(Index(p.pad_w)),
-        dilation_h(Index(p.dilation_h)), dilation_w(Index(p.dilation_w)), by_stride_h(p.stride_h),
-        by_stride_w(p.stride_w), by_dilation_h(p.dilation_h), by_dilation_w(p.dilation_w), by_width(p.S) {}
+      : C(Index(p.C)),
+        H(Index(p.H)),
+        W(Index(p.W)),
+        R(Index(p.R)),
+        S(Index(p.S)),
+        P(Index(p.P)),
+        Q(Index(p.Q)),
+        stride_h(Index(p.stride_h)),
+        stride_w(Index(p.stride_w)),
+        pad_h(Index(p.pad_h)),
+        pad_w(Index(p.pad_w)),
+        dilation_h(Index(p.dilation_h)),
+        dilation_w(Index(p.dilation_w)),
+        by_stride_h(p.stride_h),
+        by_stride_w(p.stride_w),
+        by_dilation_h(p.dilation_h),
+        by_dilation_w(p.dilation_w),
+        by_width(p.S) {}
   void divide(int64_t items, int64_t inner_size, int64_t middle_size, int64_t outer_size) {
     threads = items;
     inner = Divide<Index>(inner_size), middle = Divide<Index>(middle_size), outer = Divide<Index>(outer_size);
@@ -319,9 +333,8 @@ __global__ void __launch_bounds__(block_threads)
   if (i >= pool.threads) return;
   const Maximum maximum(pool, offsets, i);
   const int64_t channels = pool.inner.d;
-  y[i] = maximum.position < 0
-             ? from_acc<T>(0)
-             : x[(maximum.plane * pool.H * pool.W + maximum.position) * channels + maximum.channel];
+  y[i] = maximum.position < 0 ? from_acc<T>(0)
+                              : x[(maximum.plane * pool.H * pool.W + maximum.position) * channels + maximum.channel];
 }
 
 Offsets offsets_of(const MaxPool2dProblem& p, const void* offsets) {
@@ -354,10 +367,10 @@ Status forward(const MaxPool2dProblem& p, const T* x, T* y, const Offsets& offse
   constexpr int wide = sizeof(Index) == 4 ? 16 / sizeof(T) : 1;
   const int lanes = wide > 1 ? channel_lanes<T>(p, x, y, offsets.at) : 1;
   pool.divide(p.y_elements() / lanes, p.C / lanes, p.Q, p.P);
-  return launch_pool("max_pool2d_forward_nhwc",
-                     lanes == wide ? max_pool2d_forward_nhwc<T, wide, taps, Index>
-                                   : max_pool2d_forward_nhwc<T, 1, taps, Index>,
-                     pool, stream, x, y, offsets);
+  return launch_pool(
+      "max_pool2d_forward_nhwc",
+      lanes == wide ? max_pool2d_forward_nhwc<T, wide, taps, Index> : max_pool2d_forward_nhwc<T, 1, taps, Index>, pool,
+      stream, x, y, offsets);
 }
 
 template <typename T, typename Index>

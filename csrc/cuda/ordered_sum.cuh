@@ -47,8 +47,8 @@ __global__ void __launch_bounds__(sum_results* sum_runs) ordered_sum_kernel(cons
 #pragma unroll
   for (int j = 1; j < sum_runs; ++j) sum += shared.run[j][result];
   if (s.bias)
-    sum += to_acc(
-        static_cast<const T*>(s.bias)[batch * s.bias_batch_stride + m * s.bias_m_stride + n * s.bias_n_stride]);
+    sum +=
+        to_acc(static_cast<const T*>(s.bias)[batch * s.bias_batch_stride + m * s.bias_m_stride + n * s.bias_n_stride]);
   static_cast<T*>(s.out)[batch * s.out_batch_stride + s.out_m.offset(m) + s.out_n.offset(n)] = from_acc<T>(sum);
 }
 

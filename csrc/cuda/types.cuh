@@ -28,13 +28,21 @@ __device__ __forceinline__ float to_acc(__nv_bfloat16 v) { return __bfloat162flo
 template <typename T>
 __device__ T from_acc(acc_t<T> v);
 template <>
-__device__ __forceinline__ float from_acc<float>(float v) { return v; }
+__device__ __forceinline__ float from_acc<float>(float v) {
+  return v;
+}
 template <>
-__device__ __forceinline__ double from_acc<double>(double v) { return v; }
+__device__ __forceinline__ double from_acc<double>(double v) {
+  return v;
+}
 template <>
-__device__ __forceinline__ __half from_acc<__half>(float v) { return __float2half_rn(v); }
+__device__ __forceinline__ __half from_acc<__half>(float v) {
+  return __float2half_rn(v);
+}
 template <>
-__device__ __forceinline__ __nv_bfloat16 from_acc<__nv_bfloat16>(float v) { return __float2bfloat16_rn(v); }
+__device__ __forceinline__ __nv_bfloat16 from_acc<__nv_bfloat16>(float v) {
+  return __float2bfloat16_rn(v);
+}
 
 // n elements that one instruction loads or stores: n · sizeof(T) is 1, 2, 4, 8 or 16, the address a multiple of it.
 template <typename T, int n>
@@ -44,15 +52,25 @@ struct alignas(n * sizeof(T)) Vec {
 template <int bytes>
 struct Word;
 template <>
-struct Word<1> { using type = uint8_t; };
+struct Word<1> {
+  using type = uint8_t;
+};
 template <>
-struct Word<2> { using type = uint16_t; };
+struct Word<2> {
+  using type = uint16_t;
+};
 template <>
-struct Word<4> { using type = uint32_t; };
+struct Word<4> {
+  using type = uint32_t;
+};
 template <>
-struct Word<8> { using type = uint2; };
+struct Word<8> {
+  using type = uint2;
+};
 template <>
-struct Word<16> { using type = uint4; };
+struct Word<16> {
+  using type = uint4;
+};
 
 template <int n, typename T>
 __device__ __forceinline__ Vec<T, n> load_vec(const T* p) {

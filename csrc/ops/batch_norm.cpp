@@ -75,10 +75,9 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_train(const Tensor& x, const std::
   const std::optional<Tensor> new_mean = as_statistics(running_mean, problem);
   const std::optional<Tensor> new_var = as_statistics(running_var, problem);
   if (device.target.cuda)
-    check(cuda::launchers()->batch_norm_train(problem, plan, data(x_dense), data(gamma), data(beta),
-                                              mutable_data(new_mean), mutable_data(new_var), momentum, eps,
-                                              mutable_data(y), mutable_data(mean), mutable_data(invstd),
-                                              mutable_data(workspace), device.stream));
+    check(cuda::launchers()->batch_norm_train(
+        problem, plan, data(x_dense), data(gamma), data(beta), mutable_data(new_mean), mutable_data(new_var), momentum,
+        eps, mutable_data(y), mutable_data(mean), mutable_data(invstd), mutable_data(workspace), device.stream));
   else
     cpu::kernels().batch_norm->train(problem, plan, data(x_dense), data(gamma), data(beta), mutable_data(new_mean),
                                      mutable_data(new_var), momentum, eps, mutable_data(y), mutable_data(mean),
@@ -145,10 +144,9 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& dy, const T
   const std::optional<Tensor> gamma = as_statistics(weight, problem);
   const Tensor mean_dense = convert(mean, statistics), invstd_dense = convert(invstd, statistics);
   if (device.target.cuda)
-    check(cuda::launchers()->batch_norm_backward(problem, plan, data(dy_dense), data(x_dense), data(gamma),
-                                                 data(mean_dense), data(invstd_dense), training, mutable_data(dx),
-                                                 mutable_data(dweight), mutable_data(dbias), mutable_data(workspace),
-                                                 device.stream));
+    check(cuda::launchers()->batch_norm_backward(
+        problem, plan, data(dy_dense), data(x_dense), data(gamma), data(mean_dense), data(invstd_dense), training,
+        mutable_data(dx), mutable_data(dweight), mutable_data(dbias), mutable_data(workspace), device.stream));
   else
     cpu::kernels().batch_norm->backward(problem, plan, data(dy_dense), data(x_dense), data(gamma), data(mean_dense),
                                         data(invstd_dense), training, mutable_data(dx), mutable_data(dweight),
@@ -156,9 +154,9 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& dy, const T
   return {dx, dweight, dbias};
 }
 
-#define FASTCONV_REGISTER(m)                                    \
-  m.impl("batch_norm_train", TORCH_BOX(&batch_norm_train));     \
-  m.impl("batch_norm_eval", TORCH_BOX(&batch_norm_eval));       \
+#define FASTCONV_REGISTER(m)                                \
+  m.impl("batch_norm_train", TORCH_BOX(&batch_norm_train)); \
+  m.impl("batch_norm_eval", TORCH_BOX(&batch_norm_eval));   \
   m.impl("batch_norm_backward", TORCH_BOX(&batch_norm_backward))
 
 STABLE_TORCH_LIBRARY_IMPL(FASTCONV_NAMESPACE, CPU, m) { FASTCONV_REGISTER(m); }

@@ -78,9 +78,9 @@ Tensor conv2d_fprop(const Tensor& x, const Tensor& w, const std::optional<Tensor
   Tensor y = empty({problem.N, problem.K, problem.P, problem.Q}, problem.layout, scalar_type(problem.dtype), x);
   if (problem.y_elements() == 0) return y;
   if (device.target.cuda)
-    check(cuda::launchers()->conv2d_fprop[int(prepared.plan.algo)](
-        problem, prepared.plan, data(x_dense), data(w_dense), data(bias_dense), mutable_data(y),
-        prepared.workspace_data(), device.stream));
+    check(cuda::launchers()->conv2d_fprop[int(prepared.plan.algo)](problem, prepared.plan, data(x_dense), data(w_dense),
+                                                                   data(bias_dense), mutable_data(y),
+                                                                   prepared.workspace_data(), device.stream));
   else
     cpu::conv2d_kernels(prepared.plan.algo)
         .fprop(problem, prepared.plan, data(x_dense), data(w_dense), data(bias_dense), mutable_data(y),
@@ -102,8 +102,8 @@ Tensor conv2d_dgrad(const Tensor& dy, const Tensor& w, const Sizes& x_size, cons
   if (problem.x_elements() == 0) return dx;
   if (device.target.cuda)
     check(cuda::launchers()->conv2d_dgrad[int(prepared.plan.algo)](problem, prepared.plan, data(dy_dense),
-                                                                    data(w_dense), mutable_data(dx),
-                                                                    prepared.workspace_data(), device.stream));
+                                                                   data(w_dense), mutable_data(dx),
+                                                                   prepared.workspace_data(), device.stream));
   else
     cpu::conv2d_kernels(prepared.plan.algo)
         .dgrad(problem, prepared.plan, data(dy_dense), data(w_dense), mutable_data(dx), prepared.workspace_data(),
@@ -132,8 +132,8 @@ std::tuple<Tensor, Tensor> conv2d_wgrad(const Tensor& dy, const Tensor& x, const
   void* db_data = bias_grad ? mutable_data(db) : nullptr;
   if (device.target.cuda)
     check(cuda::launchers()->conv2d_wgrad[int(prepared.plan.algo)](problem, prepared.plan, data(dy_dense),
-                                                                    data(x_dense), mutable_data(dw), db_data,
-                                                                    prepared.workspace_data(), device.stream));
+                                                                   data(x_dense), mutable_data(dw), db_data,
+                                                                   prepared.workspace_data(), device.stream));
   else
     cpu::conv2d_kernels(prepared.plan.algo)
         .wgrad(problem, prepared.plan, data(dy_dense), data(x_dense), mutable_data(dw), db_data,
@@ -141,9 +141,9 @@ std::tuple<Tensor, Tensor> conv2d_wgrad(const Tensor& dy, const Tensor& x, const
   return {dw, db};
 }
 
-#define FASTCONV_REGISTER(m)                            \
-  m.impl("conv2d_fprop", TORCH_BOX(&conv2d_fprop));     \
-  m.impl("conv2d_dgrad", TORCH_BOX(&conv2d_dgrad));     \
+#define FASTCONV_REGISTER(m)                        \
+  m.impl("conv2d_fprop", TORCH_BOX(&conv2d_fprop)); \
+  m.impl("conv2d_dgrad", TORCH_BOX(&conv2d_dgrad)); \
   m.impl("conv2d_wgrad", TORCH_BOX(&conv2d_wgrad))
 
 STABLE_TORCH_LIBRARY_IMPL(FASTCONV_NAMESPACE, CPU, m) { FASTCONV_REGISTER(m); }

@@ -25,9 +25,10 @@ const cuda::DeviceInfo& device_info(int index) {
   cuda::DeviceInfo asked;
   check(launchers->device_info(index, &asked));
   if (asked.driver < 13000)
-    throw std::runtime_error("fastconv's CUDA kernels need a driver of version 580 or newer (CUDA 13.0), this one has CUDA " +
-                             std::to_string(asked.driver / 1000) + "." + std::to_string(asked.driver % 1000 / 10) +
-                             ": update the driver or move the tensors to the CPU");
+    throw std::runtime_error(
+        "fastconv's CUDA kernels need a driver of version 580 or newer (CUDA 13.0), this one has CUDA " +
+        std::to_string(asked.driver / 1000) + "." + std::to_string(asked.driver % 1000 / 10) +
+        ": update the driver or move the tensors to the CPU");
   if (asked.sm < 75)
     throw std::runtime_error("fastconv's CUDA kernels need compute capability 7.5 or newer, this GPU has " +
                              std::to_string(asked.sm / 10) + "." + std::to_string(asked.sm % 10) +

@@ -107,10 +107,10 @@ Tensor max_pool2d_gather(const Tensor& x, const Tensor& offsets, const Sizes& ke
   return y;
 }
 
-#define FASTCONV_REGISTER(m)                                        \
-  m.impl("max_pool2d_forward", TORCH_BOX(&max_pool2d_forward));     \
-  m.impl("max_pool2d_backward", TORCH_BOX(&max_pool2d_backward));   \
-  m.impl("max_pool2d_indices", TORCH_BOX(&max_pool2d_indices));     \
+#define FASTCONV_REGISTER(m)                                      \
+  m.impl("max_pool2d_forward", TORCH_BOX(&max_pool2d_forward));   \
+  m.impl("max_pool2d_backward", TORCH_BOX(&max_pool2d_backward)); \
+  m.impl("max_pool2d_indices", TORCH_BOX(&max_pool2d_indices));   \
   m.impl("max_pool2d_gather", TORCH_BOX(&max_pool2d_gather))
 
 STABLE_TORCH_LIBRARY_IMPL(FASTCONV_NAMESPACE, CPU, m) { FASTCONV_REGISTER(m); }

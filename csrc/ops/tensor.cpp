@@ -50,9 +50,7 @@ ScalarType scalar_type(DType dtype) {
   return ScalarType::Undefined;
 }
 
-ScalarType statistics_type(DType dtype) {
-  return dtype == DType::float64 ? ScalarType::Double : ScalarType::Float;
-}
+ScalarType statistics_type(DType dtype) { return dtype == DType::float64 ? ScalarType::Double : ScalarType::Float; }
 
 Tensor in_layout(const Tensor& tensor, Layout layout) {
   const Sizes sizes = sizes_of(tensor);
@@ -63,7 +61,7 @@ Tensor in_layout(const Tensor& tensor, Layout layout) {
   if (matches) return tensor;
   using torch::headeronly::MemoryFormat;
   const bool channels_inside = layout == Layout::NHWC && sizes.size() >= 4;
-  return torch::stable::contiguous(tensor, !channels_inside       ? MemoryFormat::Contiguous
+  return torch::stable::contiguous(tensor, !channels_inside    ? MemoryFormat::Contiguous
                                            : sizes.size() == 4 ? MemoryFormat::ChannelsLast
                                                                : MemoryFormat::ChannelsLast3d);
 }
@@ -80,9 +78,10 @@ Tensor empty(const Sizes& sizes, Layout layout, ScalarType dtype, const Tensor& 
       throw std::runtime_error(torch_exception_get_what_without_backtrace());
     int64_t bytes = aoti_torch_dtype_element_size(dtype_code);
     for (int64_t size : sizes) bytes *= size;
-    throw std::runtime_error(like.is_cuda() ? "CUDA out of memory. Tried to allocate " + std::to_string(bytes) + " bytes"
-                                            : "DefaultCPUAllocator: can't allocate memory: you tried to allocate " +
-                                                  std::to_string(bytes) + " bytes.");
+    throw std::runtime_error(like.is_cuda()
+                                 ? "CUDA out of memory. Tried to allocate " + std::to_string(bytes) + " bytes"
+                                 : "DefaultCPUAllocator: can't allocate memory: you tried to allocate " +
+                                       std::to_string(bytes) + " bytes.");
   }
   return Tensor(handle);
 }

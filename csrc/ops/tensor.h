@@ -16,9 +16,9 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 Sizes sizes_of(const Tensor& tensor);
-DType dtype_of(const Tensor& tensor);              // throws for what no kernel of ours computes
+DType dtype_of(const Tensor& tensor);  // throws for what no kernel of ours computes
 ScalarType scalar_type(DType dtype);
-ScalarType statistics_type(DType dtype);           // float64 for float64, float32 otherwise
+ScalarType statistics_type(DType dtype);  // float64 for float64, float32 otherwise
 
 // The tensor itself if its memory is dense in this order already, otherwise a copy that is.
 // Tensors of 4 (5) dimensions are channels_last (channels_last_3d) in NHWC.

@@ -7,10 +7,10 @@
 namespace fastconv {
 namespace {
 
-constexpr int64_t blocks_a_multiprocessor = 8;   // of 256 threads
-constexpr int64_t piece_values = 16384;          // below this a piece is not worth its merge
+constexpr int64_t blocks_a_multiprocessor = 8;  // of 256 threads
+constexpr int64_t piece_values = 16384;         // below this a piece is not worth its merge
 constexpr int64_t most_pieces = 1024;
-constexpr int64_t block_bytes = 512;             // NHWC: of a row of x, what a block's channels take
+constexpr int64_t block_bytes = 512;  // NHWC: of a row of x, what a block's channels take
 
 }  // namespace
 

@@ -24,10 +24,10 @@ const char* pick(Direction d, const char* fprop, const char* dgrad, const char* 
 // Empty if the algorithm can do the problem.
 std::string rejection(const Conv2dProblem& p, Algo algo) {
   if (algo != Algo::depthwise) return "";
-  if (p.groups != p.C) return "depthwise needs groups = C, here groups = " + std::to_string(p.groups) +
-                              " and C = " + std::to_string(p.C);
-  if (p.K != p.C) return "depthwise needs one filter a channel, here K = " + std::to_string(p.K) +
-                         " and C = " + std::to_string(p.C);
+  if (p.groups != p.C)
+    return "depthwise needs groups = C, here groups = " + std::to_string(p.groups) + " and C = " + std::to_string(p.C);
+  if (p.K != p.C)
+    return "depthwise needs one filter a channel, here K = " + std::to_string(p.K) + " and C = " + std::to_string(p.C);
   return "";
 }
 
@@ -100,8 +100,7 @@ void plan_wgrad(const Conv2dProblem& p, Conv2dPlan& plan) {
   const auto tasks = [&] { return pieces_of(depth, patch) * pieces_of(filters, width) * p.groups; };
   if (tasks() < enough_tasks) width = 64;
   const bool along = along_pixels(p, plan.direction);
-  const int64_t pixels = along ? pixel_block(p.N, p.P, p.Q, 256).pixels()
-                                                  : balanced(p.N * p.P * p.Q, 256);
+  const int64_t pixels = along ? pixel_block(p.N, p.P, p.Q, 256).pixels() : balanced(p.N * p.P * p.Q, 256);
   plan.tile_k = along ? 256 : int(pixels);
   if (along) {
     plan.tile_m = int(patch);
@@ -118,8 +117,10 @@ void plan_wgrad(const Conv2dProblem& p, Conv2dPlan& plan) {
 
 void plan_im2col(const Conv2dProblem& p, Conv2dPlan& plan) {
   plan.kernel = pick(plan.direction, "conv2d_im2col_fprop", "conv2d_im2col_dgrad", "conv2d_im2col_wgrad");
-  if (plan.direction == Direction::wgrad) plan_wgrad(p, plan);
-  else plan_gather(p, plan);
+  if (plan.direction == Direction::wgrad)
+    plan_wgrad(p, plan);
+  else
+    plan_gather(p, plan);
 }
 
 }  // namespace
@@ -135,8 +136,8 @@ Conv2dPlan plan_conv2d_cpu(const Conv2dProblem& problem, Direction direction, st
     plan.algo = *algo == Algo::direct_naive ? Algo::direct : *algo;
     const std::string why_not = rejection(problem, plan.algo);
     if (!why_not.empty()) throw std::invalid_argument("algo='" + std::string(name(*algo)) + "': " + why_not);
-    note(plan.algo, true, *algo == Algo::direct_naive ? "asked for direct_naive; direct is its nearest rung on a CPU"
-                                                      : "asked for");
+    note(plan.algo, true,
+         *algo == Algo::direct_naive ? "asked for direct_naive; direct is its nearest rung on a CPU" : "asked for");
   } else {
     const std::string no_depthwise = rejection(problem, Algo::depthwise);
     plan.algo = no_depthwise.empty() ? Algo::depthwise : Algo::im2col;

@@ -42,7 +42,7 @@ void choose_tile(const Product& g, const Target& target, DType dtype, Conv2dPlan
   };
   constexpr Tile tiles[] = {{128, 1.0, 1}, {64, 0.75, 4}};
   constexpr int splits[] = {1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128};
-  constexpr double byte_cost = 6;       // multiply-adds in the time that one byte takes to or from memory
+  constexpr double byte_cost = 6;        // multiply-adds in the time that one byte takes to or from memory
   constexpr double launch_cost = 640e3;  // multiply-adds in the time of one more launch
   const int64_t sms = std::max(target.num_sms, 1);
   double best = std::numeric_limits<double>::infinity();
@@ -97,8 +97,8 @@ void plan_depthwise(const Conv2dProblem& p, const Target& target, Conv2dPlan* pl
   plan->kernel = "conv2d_depthwise_wgrad_kernel";
   // Four blocks fit on an SM, and a thread should have eight pixels or more.
   const int64_t pixels_at_once = depthwise_threads / depthwise_channel_lanes(p);
-  plan->split = choose_split(p, depthwise_wgrad_blocks(p), 8 * int64_t(target.num_sms),
-                             p.N * p.P * p.Q / (8 * pixels_at_once));
+  plan->split =
+      choose_split(p, depthwise_wgrad_blocks(p), 8 * int64_t(target.num_sms), p.N * p.P * p.Q / (8 * pixels_at_once));
   plan->workspace_bytes = split_wgrad_bytes(p, plan->split);
 }
 
@@ -154,8 +154,8 @@ Conv2dPlan plan_conv2d_cuda(const Conv2dProblem& problem, Direction direction, c
     consider(Algo::depthwise, filters <= most_depthwise_filters, "one channel a group: limited by memory",
              text("reads an input again for each of its filters, and K/groups", filters));
     consider(Algo::im2col, filters >= fewest_product_filters,
-             text("a matrix product, K/groups", filters) + text(" filters by C/groups·R·S",
-                                                                p.channels_per_group() * p.R * p.S) + " taps",
+             text("a matrix product, K/groups", filters) +
+                 text(" filters by C/groups·R·S", p.channels_per_group() * p.R * p.S) + " taps",
              text("the product would waste most of its tile, as K/groups", filters));
     consider(Algo::direct, true, "reads the patch of the input that a tile of outputs shares once", "");
   }

@@ -29,10 +29,9 @@ inline bool counts_in_32_bits(const Conv2dProblem& p) {
   constexpr int64_t limit = int64_t{1} << 30;
   const auto small = [](int64_t a, int64_t b) { return a == 0 || b <= limit / a; };
   return std::max({p.N, p.C, p.H, p.W, p.K, p.R, p.S, p.P, p.Q}) <= limit &&
-         std::max({p.pad_h, p.pad_w, p.stride_h, p.stride_w, p.dilation_h, p.dilation_w}) <= limit &&
-         small(p.H, p.W) && small(p.P, p.Q) && small(std::max(p.C, p.K), std::max(p.W, p.Q)) && small(p.R, p.S) &&
-         small(p.C, p.R * p.S) && small(p.K, p.channels_per_group() * p.R * p.S) &&
-         (p.P - 1) * p.stride_h + (p.R - 1) * p.dilation_h <= limit &&
+         std::max({p.pad_h, p.pad_w, p.stride_h, p.stride_w, p.dilation_h, p.dilation_w}) <= limit && small(p.H, p.W) &&
+         small(p.P, p.Q) && small(std::max(p.C, p.K), std::max(p.W, p.Q)) && small(p.R, p.S) && small(p.C, p.R * p.S) &&
+         small(p.K, p.channels_per_group() * p.R * p.S) && (p.P - 1) * p.stride_h + (p.R - 1) * p.dilation_h <= limit &&
          (p.Q - 1) * p.stride_w + (p.S - 1) * p.dilation_w <= limit;
 }
 
@@ -82,8 +81,8 @@ inline Im2colChunks im2col_chunks(const Conv2dProblem& p, Direction direction, i
   } else {
     // b rows of dx gather from at most (b − 1 + span) / stride + 1 rows of y.
     const int64_t span = (p.R - 1) * p.dilation_h, y_rows = std::max<int64_t>(limit / std::max<int64_t>(p.Q, 1), 1);
-    const int64_t b = std::clamp<int64_t>((y_rows - 1) * p.stride_h - span + 1, 1,
-                                          std::max<int64_t>(count_limit / (p.C * p.W), 1));
+    const int64_t b =
+        std::clamp<int64_t>((y_rows - 1) * p.stride_h - span + 1, 1, std::max<int64_t>(count_limit / (p.C * p.W), 1));
     chunks.images = 1;
     chunks.part = pieces(p.H, pieces(p.H, b));
     chunks.pixels = std::min(p.P, (chunks.part - 1 + span) / p.stride_h + 1) * p.Q;
@@ -99,9 +98,10 @@ inline Im2colChunks im2col_chunks(const Conv2dProblem& p, Direction direction, i
     chunks.row_sums_bytes = round_up(split * p.K * acc_bytes, 256);
   } else if (split > 1) {
     const int64_t channels = direction == Direction::fprop ? p.filters_per_group() : p.channels_per_group();
-    chunks.sums_bytes = round_up(split * p.groups * acc_bytes *
-                                     (nchw ? channels * round_up(chunks.pixels, 4)
-                                           : chunks.pixels * round_up(channels, 4)), 256);
+    chunks.sums_bytes =
+        round_up(split * p.groups * acc_bytes *
+                     (nchw ? channels * round_up(chunks.pixels, 4) : chunks.pixels * round_up(channels, 4)),
+                 256);
   }
   return chunks;
 }
@@ -116,23 +116,23 @@ constexpr int direct_patch = 4096;   // elements
 constexpr int direct_filter = 2048;  // elements; wgrad keeps dy there
 
 struct DirectAxis {
-  int64_t input, output, taps;       // sizes
+  int64_t input, output, taps;  // sizes
   int64_t stride, pad, dilation;
   int64_t phases, step, delta, tap_step;
-  int64_t tiles;                     // of a phase
-  int tile;                          // outputs
-  int chunk;                         // taps at a time
-  int64_t spacing;                   // the patch holds every spacing-th input, the others are never read
-  int64_t extent;                    // of the patch
-  int64_t patch_step, patch_delta;   // step and delta in the patch
+  int64_t tiles;                    // of a phase
+  int tile;                         // outputs
+  int chunk;                        // taps at a time
+  int64_t spacing;                  // the patch holds every spacing-th input, the others are never read
+  int64_t extent;                   // of the patch
+  int64_t patch_step, patch_delta;  // step and delta in the patch
 };
 
 struct DirectTile {
   DirectAxis h, w;
   int images;
-  int filters;        // outputs' channels in a tile, of a group; of dw its filters: a multiple of 4
-  int channels;       // inputs' channels at a time; of dw the channels in a tile
-  int64_t plane;      // patch elements of one channel
+  int filters;    // outputs' channels in a tile, of a group; of dw its filters: a multiple of 4
+  int channels;   // inputs' channels at a time; of dw the channels in a tile
+  int64_t plane;  // patch elements of one channel
 
   int pixels() const { return images * h.tile * w.tile; }
 };
@@ -175,9 +175,7 @@ inline DirectTile direct_tile(const Conv2dProblem& p, Direction direction) {
   const int64_t most_taps = wgrad ? 4 * direct_threads / filter_threads : direct_filter / (tile.filters + 4);
 
   // As square as 32 columns allow, in tiles of equal size; small images share a tile.
-  const auto count = [](const DirectAxis& axis) {
-    return std::max<int64_t>(pieces(axis.output, axis.phases), 1);
-  };
+  const auto count = [](const DirectAxis& axis) { return std::max<int64_t>(pieces(axis.output, axis.phases), 1); };
   const int64_t rows = count(tile.h), columns = count(tile.w);
   const int64_t most_columns = std::clamp<int64_t>(pixels / rows, std::min<int64_t>(32, pixels), pixels);
   tile.w.tiles = pieces(columns, most_columns);

@@ -41,8 +41,8 @@ Algo parse_algo(const std::string& text, bool cuda) {
     if (text == name(algo)) return algo;
     known += (known.empty() ? "" : ", ") + std::string(name(algo));
   }
-  throw std::invalid_argument("unknown algo '" + text + "' for " + (cuda ? "CUDA" : "the CPU") +
-                              ": expected one of " + known);
+  throw std::invalid_argument("unknown algo '" + text + "' for " + (cuda ? "CUDA" : "the CPU") + ": expected one of " +
+                              known);
 }
 
 Direction parse_direction(const std::string& text) {
@@ -58,7 +58,7 @@ Target parse_arch(const std::string& arch) {
     const char* name;
     int sm, num_sms;
   };
-  constexpr Known known[] = {{"sm_75", 75, 40},  {"sm_80", 80, 108},  {"sm_86", 86, 72},  {"sm_89", 89, 128},
+  constexpr Known known[] = {{"sm_75", 75, 40},  {"sm_80", 80, 108},   {"sm_86", 86, 72},   {"sm_89", 89, 128},
                              {"sm_90", 90, 132}, {"sm_100", 100, 148}, {"sm_120", 120, 170}};
   const std::string plain = !arch.empty() && arch.back() == 'a' ? arch.substr(0, arch.size() - 1) : arch;
   for (const Known& k : known)

@@ -1,6 +1,4 @@
 // The machine that runs CUDA threads as fibers: see emulation.h.
-#include "../../csrc/cuda/launch.cuh"
-
 #include <sys/mman.h>
 #include <ucontext.h>
 
@@ -12,6 +10,8 @@
 #include <random>
 #include <string>
 #include <vector>
+
+#include "../../csrc/cuda/launch.cuh"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -30,7 +30,7 @@ constexpr size_t max_shared_bytes = 163 * 1024;
 
 constexpr size_t stack_bytes = 256 * 1024;  // only the pages that are touched take memory
 constexpr size_t stack_guard_bytes = 4096;
-constexpr size_t guard_bytes = 256;         // on either side of the shared memory
+constexpr size_t guard_bytes = 256;  // on either side of the shared memory
 constexpr unsigned char guard_byte = 0xa5;
 
 enum class State : uint8_t { ready, waiting, done };
@@ -39,10 +39,10 @@ enum class State : uint8_t { ready, waiting, done };
 struct Wait {
   const char* what;
   Where where;
-  bool block;        // for all threads of the block, or for the lanes in mask
+  bool block;  // for all threads of the block, or for the lanes in mask
   uint32_t mask;
-  int source_lane;   // of a shuffle, else −1
-  uint64_t value;    // a predicate, or what a shuffle passes on
+  int source_lane;  // of a shuffle, else −1
+  uint64_t value;   // a predicate, or what a shuffle passes on
 };
 
 struct Fiber {

@@ -40,13 +40,27 @@ struct dim3 {
   unsigned x, y, z;
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
-struct alignas(8) float2 { float x, y; };
-struct alignas(16) float4 { float x, y, z, w; };
-struct alignas(16) double2 { double x, y; };
-struct alignas(8) int2 { int x, y; };
-struct alignas(16) int4 { int x, y, z, w; };
-struct alignas(8) uint2 { unsigned x, y; };
-struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(16) double2 {
+  double x, y;
+};
+struct alignas(8) int2 {
+  int x, y;
+};
+struct alignas(16) int4 {
+  int x, y, z, w;
+};
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline int2 make_int2(int x, int y) { return {x, y}; }
@@ -174,13 +188,21 @@ T __shfl_xor_sync(uint32_t mask, T value, int lane_mask, int width = 32,
 // Atomics, on integers alone: the order of a floating-point sum would depend on the schedule. One fiber runs at a time.
 
 template <std::integral T>
-T atomicAdd(T* p, std::type_identity_t<T> v) { return std::exchange(*p, T(*p + v)); }
+T atomicAdd(T* p, std::type_identity_t<T> v) {
+  return std::exchange(*p, T(*p + v));
+}
 template <std::integral T>
-T atomicMax(T* p, std::type_identity_t<T> v) { return std::exchange(*p, *p < v ? v : *p); }
+T atomicMax(T* p, std::type_identity_t<T> v) {
+  return std::exchange(*p, *p < v ? v : *p);
+}
 template <std::integral T>
-T atomicMin(T* p, std::type_identity_t<T> v) { return std::exchange(*p, v < *p ? v : *p); }
+T atomicMin(T* p, std::type_identity_t<T> v) {
+  return std::exchange(*p, v < *p ? v : *p);
+}
 template <std::integral T>
-T atomicExch(T* p, std::type_identity_t<T> v) { return std::exchange(*p, v); }
+T atomicExch(T* p, std::type_identity_t<T> v) {
+  return std::exchange(*p, v);
+}
 template <std::integral T>
 T atomicCAS(T* p, std::type_identity_t<T> expected, std::type_identity_t<T> v) {
   return std::exchange(*p, *p == expected ? v : *p);
@@ -190,9 +212,13 @@ inline void __threadfence() {}
 // Arithmetic
 
 template <typename T>
-constexpr T min(T a, std::type_identity_t<T> b) { return b < a ? b : a; }
+constexpr T min(T a, std::type_identity_t<T> b) {
+  return b < a ? b : a;
+}
 template <typename T>
-constexpr T max(T a, std::type_identity_t<T> b) { return a < b ? b : a; }
+constexpr T max(T a, std::type_identity_t<T> b) {
+  return a < b ? b : a;
+}
 inline float min(float a, float b) { return std::fmin(a, b); }
 inline float max(float a, float b) { return std::fmax(a, b); }
 inline double min(double a, double b) { return std::fmin(a, b); }
@@ -206,7 +232,9 @@ inline int __clz(int v) { return v ? __builtin_clz(unsigned(v)) : 32; }
 inline uint32_t __umulhi(uint32_t a, uint32_t b) { return uint32_t(uint64_t(a) * b >> 32); }
 inline uint64_t __umul64hi(uint64_t a, uint64_t b) { return uint64_t(__uint128_t(a) * b >> 64); }
 template <typename T>
-T __ldg(const T* p) { return *p; }
+T __ldg(const T* p) {
+  return *p;
+}
 
 // 16-bit floats: storage alone. Kernels compute in float, so there is no arithmetic to model.
 
@@ -257,8 +285,8 @@ inline cudaError_t cudaDriverGetVersion(int* version) {
 namespace fastconv::cuda {
 
 template <typename... P, typename... A>
-const char* launch_kernel(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes,
-                          Stream, A&&... args) {
+const char* launch_kernel(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, Stream,
+                          A&&... args) {
   static_assert((sizeof(P) + ... + 0) <= 4096, "kernel parameters are at most 4 KiB");
   struct Call {
     void (*kernel)(P...);
@@ -273,8 +301,7 @@ const char* launch_kernel(const char* name, void (*kernel)(P...), dim3 grid, dim
 
 inline void* dynamic_shared_memory() { return emulation::shared_memory(); }
 
-inline void check_aligned(const void* p, size_t bytes,
-                          const emulation::Where& where = emulation::Where::current()) {
+inline void check_aligned(const void* p, size_t bytes, const emulation::Where& where = emulation::Where::current()) {
   if (reinterpret_cast<uintptr_t>(p) % bytes) emulation::fail(where, "%p is not a multiple of %zu", p, bytes);
 }
 

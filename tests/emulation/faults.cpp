@@ -60,11 +60,16 @@ struct Case {
   void (*kernel)(float*);
 };
 #define FASTCONV_CASE(kernel) {#kernel, kernel}
-constexpr Case cases[] = {FASTCONV_CASE(exit_before_barrier), FASTCONV_CASE(two_barriers),
-                          FASTCONV_CASE(exited_lane),         FASTCONV_CASE(lane_outside_mask),
-                          FASTCONV_CASE(source_outside_mask), FASTCONV_CASE(shared_overrun),
-                          FASTCONV_CASE(misaligned_vector),   FASTCONV_CASE(missing_barrier),
-                          FASTCONV_CASE(halves),              FASTCONV_CASE(sum)};
+constexpr Case cases[] = {FASTCONV_CASE(exit_before_barrier),
+                          FASTCONV_CASE(two_barriers),
+                          FASTCONV_CASE(exited_lane),
+                          FASTCONV_CASE(lane_outside_mask),
+                          FASTCONV_CASE(source_outside_mask),
+                          FASTCONV_CASE(shared_overrun),
+                          FASTCONV_CASE(misaligned_vector),
+                          FASTCONV_CASE(missing_barrier),
+                          FASTCONV_CASE(halves),
+                          FASTCONV_CASE(sum)};
 
 }  // namespace
 }  // namespace fastconv::cuda
