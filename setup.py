@@ -178,16 +178,15 @@ def write_ninja(cuda_root):
     )
     module = n.edge("link", BUILD / f"_introspect{suffix}", [introspect, libfastconv], flags="'-Wl,-rpath,$$ORIGIN'")
 
-    if cuda_root:  # for cuda_fp16.h and cuda_bf16.h, which compile as host C++
-        emulation = f"-DFASTCONV_EMULATION -I{ROOT}/tests/emulation -isystem {cuda_root}/include"
-        ops_flags = f"{torch_flags} -DFASTCONV_NAMESPACE=fastconv_emulated"
-        emulated = plans + objects("emulated", cu_files, rule="emulated", flags=emulation)
-        emulated += objects("emulated", [ROOT / "csrc/cuda/launchers.cpp", ROOT / "csrc/cpu/dispatch.cpp"])
-        emulated += [o for o in library if o.parent.parent.name == "cpu"]
-        emulated += objects("emulated/ops", [f for f in ops_files if f.name != "device.cpp"], flags=ops_flags)
-        machine = sorted(ROOT.glob("tests/emulation/*.cpp"))
-        emulated += objects("emulated/machine", machine, rule="emulated", flags=f"{emulation} {ops_flags}")
-        n.edge("link", BUILD / "libfastconv_emulated.so", emulated, flags=f"{link_flags} -Wl,-Bsymbolic")
+    emulation = f"-DFASTCONV_EMULATION -I{ROOT}/tests/emulation"
+    ops_flags = f"{torch_flags} -DFASTCONV_NAMESPACE=fastconv_emulated"
+    emulated = plans + objects("emulated", cu_files, rule="emulated", flags=emulation)
+    emulated += objects("emulated", [ROOT / "csrc/cuda/launchers.cpp", ROOT / "csrc/cpu/dispatch.cpp"])
+    emulated += [o for o in library if o.parent.parent.name == "cpu"]
+    emulated += objects("emulated/ops", [f for f in ops_files if f.name != "device.cpp"], flags=ops_flags)
+    machine = sorted(ROOT.glob("tests/emulation/*.cpp"))
+    emulated += objects("emulated/machine", machine, rule="emulated", flags=f"{emulation} {ops_flags}")
+    n.edge("link", BUILD / "libfastconv_emulated.so", emulated, flags=f"{link_flags} -Wl,-Bsymbolic")
     n.lines.append(f"default {libfastconv} {module}")
     BUILD.mkdir(parents=True, exist_ok=True)
     (BUILD / "build.ninja").write_text("\n".join(n.lines) + "\n")

@@ -180,10 +180,9 @@ def batch_norm(input, running_mean, running_var, weight=None, bias=None, trainin
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     if training and input.shape[0] * math.prod(input.shape[2:]) == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
-    if training and eps <= 0.0:
-        raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
-    if eps < 0.0:
-        raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
+    if eps <= 0.0:  # versions of torch differ in what they refuse and how they say it: ask this one
+        values = torch.ones(2, 1)
+        F.batch_norm(values, values[0], values[0], training=training, eps=eps)
     channels_last = input.dim() in (4, 5) and _channels_last(input)
     if training:
         return autograd.batch_norm_train(input, weight, bias, running_mean, running_var, momentum, eps, channels_last)

@@ -56,7 +56,7 @@ inline Phases phases_of(const Conv2dProblem& p, Direction direction) {
           largest_phase(dgrad_rows(p, 0), p.R), largest_phase(dgrad_cols(p, 0), p.S)};
 }
 
-// Staged planes of one block, with what vectors read past its end.
+// One staged plane of a block.
 inline int64_t stage_elements(const Axis& rows, const Axis& cols, const PixelBlock& block) {
   return make_strips(rows, block.i).elements() * make_strips(cols, block.j).elements();
 }
@@ -75,7 +75,7 @@ inline bool along_pixels(const Conv2dProblem& p, Direction direction) {
   if (p.layout == Layout::NCHW) return true;
   const bool joined = p.groups == 1 && p.dilation_w == 1 && direction != Direction::dgrad;
   const int64_t piece = contracted_channels(p, direction) * (joined ? p.S : 1);
-  return piece < 8 || produced_channels(p, direction) <= 16;
+  return piece < 8 || produced_channels(p, direction) <= (direction == Direction::wgrad ? 16 : 24);
 }
 
 // Whether the product reads the staged planes directly, row by row, instead of packing patches: no copies, but the last

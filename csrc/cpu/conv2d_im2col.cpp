@@ -3,9 +3,8 @@
 // hundred pixels and a few hundred elements of depth into panels that fit the cache, and multiplies them at once.
 //
 //   fprop  y  = filters × patches of x
-//   dgrad  dx = filters × patches of dy, one product for each of the stride² phases of dx, whose pixels share their
-//   taps:
-//               a gather, so that nothing is multiplied by the zeros between strides, nor added in an order of chance
+//   dgrad  dx = filters × patches of dy, a product for each of the stride² phases of dx, whose pixels share their taps:
+//               nothing is multiplied by the zeros between strides, and nothing is scattered
 //   wgrad  dw = dy × patches of x, summed over all pixels, in pieces that are then added in order
 //
 // Everything is summed in float (double for float64) and rounded once.
@@ -13,6 +12,7 @@
 
 #include "conv2d_im2col_channels.h"
 #include "conv2d_im2col_pixels.h"
+#include "conv2d_im2col_pixels_wgrad.h"
 
 namespace fastconv::cpu {
 namespace {

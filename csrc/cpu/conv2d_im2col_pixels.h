@@ -1,12 +1,15 @@
-// im2col with vectors along the pixels: NCHW, and NHWC where a group has few channels (its planes are staged first).
+// im2col with vectors along the pixels, fprop and dgrad: NCHW, and NHWC where a group has few channels.
 //
-//   fprop, dgrad   C[channel][pixel] = Σ_t weights[channel][t] · patch[t][pixel]     t = (contracted channel, tap)
-//   wgrad          C[t][filter]      = Σ_pixel patch[t][pixel] · dy[filter][pixel]
+//   C[channel][pixel] = Σ_t weights[channel][t] · patch[t][pixel]     t = (contracted channel, tap)
+//
+// A task computes a block of pixels × channels. For each block of depth it stages the planes that the pixels read, with
+// their padding; packs patches from them, panel by panel; and multiplies. Two short cuts: the patches of a 1×1
+// convolution are read from the source itself, and where rows fill panels (reads_stage) the multiplication reads the
+// stage directly, so that nothing is packed at all.
 #pragma once
 
 #include "conv2d_blocks.h"
 #include "conv2d_stage.h"
-#include "conv2d_wgrad_out.h"
 #include "gemm.h"
 #include "transpose.h"
 
@@ -334,123 +337,6 @@ void dgrad_pixels(const Conv2dProblem& pr, const Conv2dPlan& plan, const T* dy, 
                      images(dx, pr.layout, pr.C, pr.H, pr.W)};
   };
   gather_pixels<T>(pr, plan, gather_of, scratch, parallel);
-}
-
-// panels[panel][pixel][lane] = dy[panel·panel_cols + lane][pixel] for `length` neighbouring pixels from dy.at(…) on.
-template <typename T>
-void pack_dy(const T* dy, int64_t channel_pitch, int64_t col_pitch, int64_t filter_count, int64_t length, acc_t<T>* out,
-             int64_t panel_pitch) {
-  constexpr int64_t cols = panel_cols<acc_t<T>>;
-  for (int64_t k = 0; k < filter_count; k += cols, out += panel_pitch) {
-    const int64_t width = min_of(cols, filter_count - k);
-    if (col_pitch == 1) {
-      transpose(dy + k * channel_pitch, channel_pitch, width, length, out, cols);
-    } else {
-      for (int64_t i = 0; i < length; ++i) copy_strided(dy + i * col_pitch + k, 1, out + i * cols, width);
-    }
-  }
-}
-
-// sums[col] += Σ_row b[panel][row][col] for every panel.
-template <typename E>
-void add_panel_rows(const E* b, int64_t panels, int64_t depth, E* sums) {
-  for (int64_t panel = 0; panel < panels; ++panel, sums += panel_cols<E>) {
-    vec_t<E> left{}, right{};
-    for (int64_t t = 0; t < depth; ++t, b += panel_cols<E>) {
-      left += load(b);
-      right += load(b + lanes<E>);
-    }
-    store(sums, load(sums) + left);
-    store(sums + lanes<E>, load(sums + lanes<E>) + right);
-  }
-}
-
-template <typename T>
-void wgrad_pixels(const Conv2dProblem& pr, const Conv2dPlan& plan, const T* dy_data, const T* x_data,
-                  const WgradOut<T>& out, char* scratch, const Parallel& parallel) {
-  using E = acc_t<T>;
-  const Axis rows = fprop_rows(pr), cols = fprop_cols(pr);
-  const Images<const T> x = images(x_data, pr.layout, pr.C, pr.H, pr.W);
-  const Images<const T> dy = images(dy_data, pr.layout, pr.K, pr.P, pr.Q);
-  const int64_t cg = pr.channels_per_group(), kg = pr.filters_per_group(), taps = pr.R * pr.S;
-  const PixelBlock block = pixel_block(pr.N, pr.P, pr.Q, plan.tile_k);
-  const DepthBlock patch = depth_block(cg, taps, plan.tile_m);
-  const Scratch layout = wgrad_scratch(pr, plan);
-  const int64_t i_blocks = ceil_div(pr.P, block.i), j_blocks = ceil_div(pr.Q, block.j);
-  const int64_t pixel_blocks = ceil_div(pr.N, block.n) * i_blocks * j_blocks;
-  const int64_t c_blocks = ceil_div(cg, patch.channels), tap_blocks = ceil_div(taps, patch.taps);
-  const int64_t k_blocks = ceil_div(kg, plan.tile_n);
-  const bool pointwise = taps == 1 && cols.step == 1 && rows.step == 1 && pr.pad_h == 0 && pr.pad_w == 0;
-  // The rows of A are then those of x.
-  const bool in_place = std::is_same_v<T, E> && pr.layout == Layout::NCHW && pointwise && block.n == 1 &&
-                        (block.i == 1 || block.j == pr.Q);
-  for_each_task(parallel, plan.split * pr.groups * c_blocks * tap_blocks * k_blocks, [&](int worker, int64_t task) {
-    const int64_t k0 = task % k_blocks * plan.tile_n, tap0 = task / k_blocks % tap_blocks * patch.taps;
-    const int64_t c0 = task / k_blocks / tap_blocks % c_blocks * patch.channels;
-    const int64_t group = task / k_blocks / tap_blocks / c_blocks % pr.groups;
-    const int64_t piece = task / k_blocks / tap_blocks / c_blocks / pr.groups;
-    const int64_t k_count = min_of<int64_t>(plan.tile_n, kg - k0), panels = ceil_div(k_count, panel_cols<E>);
-    const int64_t c_count = min_of(patch.channels, cg - c0), tap_count = min_of(patch.taps, taps - tap0);
-    const int64_t m_count = c_count * tap_count, c_row = panels * panel_cols<E>;
-
-    E* memory = reinterpret_cast<E*>(scratch + worker * plan.scratch_bytes);
-    E *stage = memory + layout.stage, *packed = memory + layout.a, *b = memory + layout.b, *c = memory + layout.c;
-    E* bias_sums = c + m_count * c_row;
-    fill_zero<T>(c, (m_count + 1) * c_row);
-    for (int64_t index = piece * pixel_blocks / plan.split; index < (piece + 1) * pixel_blocks / plan.split; ++index) {
-      const int64_t j0 = index % j_blocks * block.j, i0 = index / j_blocks % i_blocks * block.i;
-      const int64_t n0 = index / j_blocks / i_blocks * block.n;
-      const int64_t n_count = min_of(block.n, pr.N - n0);
-      const int64_t i_count = min_of(block.i, pr.P - i0), j_count = min_of(block.j, pr.Q - j0);
-      const int64_t pixels = n_count * i_count * j_count;
-      const E* a = packed;
-      int64_t a_row = pixels + lanes<E>;
-      if constexpr (std::is_same_v<T, E>) {
-        if (in_place) {
-          a = x.at(n0, group * cg + c0, i0, j0);
-          a_row = x.channel;
-        }
-      }
-      if (!in_place) {
-        const Strips row_strips = make_strips(rows, i_count), col_strips = make_strips(cols, j_count);
-        const Planes<E> planes =
-            stage_block<T>(x, n0, n_count, group * cg + c0, c_count, rows, row_strips, i0, cols, col_strips, j0, stage);
-        // A[t][pixel], written in order: vectors spill into what is written next, or past the end of a row.
-        E* to = packed;
-        for (int64_t ch = 0; ch < c_count; ++ch) {
-          for (int64_t tap = tap0; tap < tap0 + tap_count; ++tap, to += a_row) {
-            const E* from = planes.data + ch * planes.plane + row_strips.offset(tap / pr.S) * planes.row +
-                            col_strips.offset(tap % pr.S);
-            for (int64_t n = 0; n < n_count; ++n)
-              for (int64_t i = 0; i < i_count; ++i)
-                for (int64_t j = 0; j < j_count; j += lanes<E>)
-                  store(to + (n * i_count + i) * j_count + j, load(from + n * planes.image + i * planes.row + j));
-          }
-        }
-      }
-      const int64_t b_panel = pixels * panel_cols<E>;
-      const int64_t lines = j_count == pr.Q ? 1 : i_count, line = i_count * j_count / lines;
-      for (int64_t n = 0; n < n_count; ++n)
-        for (int64_t i = 0; i < lines; ++i)
-          pack_dy(dy.at(n0 + n, group * kg + k0, i0 + i, j0), dy.channel, dy.col, k_count, line,
-                  b + (n * lines + i) * line * panel_cols<E>, b_panel);
-      multiply_block(m_count, panels, pixels, a, a_row, 1, b, b_panel, c, c_row, true);
-      if (c0 == 0 && tap0 == 0) add_panel_rows(b, panels, pixels, bias_sums);
-    }
-    const int64_t filter = group * kg + k0;
-    out.with_piece(piece, [&](auto* dw, auto* db) {
-      if (pr.layout == Layout::NCHW) {  // (c, r, s) is contiguous: blocks of taps are those of one channel
-        transpose(c, c_row, m_count, k_count, dw + (filter * cg + c0) * taps + tap0, cg * taps);
-      } else {
-        for (int64_t k = 0; k < k_count; ++k)
-          for (int64_t tap = 0; tap < tap_count; ++tap)
-            for (int64_t ch = 0; ch < c_count; ++ch)
-              store_first(dw + ((filter + k) * taps + tap0 + tap) * cg + c0 + ch,
-                          load_first(c + (ch * tap_count + tap) * c_row + k, 1), 1);
-      }
-      if (db && c0 == 0 && tap0 == 0) convert_row(bias_sums, k_count, db + filter);
-    });
-  });
 }
 
 }  // namespace

@@ -17,6 +17,7 @@ constexpr int tile_rows = 6;
 template <typename E>
 constexpr int panel_cols = 2 * lanes<E>;
 
+// C (+)= sums
 template <typename E, int Rows>
 FASTCONV_INLINE void store_tile(vec_t<E> (&sums)[Rows][2], E* c, int64_t c_row, bool add) {
   for (int i = 0; i < Rows; ++i, c += c_row) {
@@ -25,6 +26,7 @@ FASTCONV_INLINE void store_tile(vec_t<E> (&sums)[Rows][2], E* c, int64_t c_row, 
   }
 }
 
+// Rows rows of C, one panel wide.
 template <typename E, int Rows>
 void multiply_tile(int64_t depth, const E* a, int64_t a_row, int64_t a_col, const E* b, E* c, int64_t c_row, bool add) {
   const E* rows[Rows];

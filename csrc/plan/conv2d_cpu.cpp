@@ -145,7 +145,9 @@ Conv2dPlan plan_conv2d_cpu(const Conv2dProblem& problem, Direction direction, st
       note(Algo::depthwise, true, "groups = C = K: no reuse across channels, so memory traffic is all there is");
       note(Algo::im2col, false, "a product with one filter a group would leave most of each vector idle");
     } else {
-      note(Algo::im2col, true, "patches times filters, blocked for the caches");
+      note(Algo::im2col, true,
+           std::string("patches times filters, blocked for the caches, vectors along the ") +
+               (along_pixels(problem, direction) ? "pixels" : "channels"));
       note(Algo::depthwise, false, no_depthwise);
     }
     note(Algo::direct, false, "its loops reuse registers less");
