@@ -12,8 +12,8 @@ def _empty(like, size, channels_last, dtype=None):
 
 
 def conv2d_fprop(x, w, bias, stride, padding, dilation, groups, channels_last, allow_tf32, algo):
-    size = F.conv2d(x, w, bias, stride, padding, dilation, groups).shape
-    return _empty(x, size, channels_last)
+    n, _, p, q = F.conv2d(x, w, bias, stride, padding, dilation, groups).shape
+    return _empty(x, (n, w.shape[0], p, q), channels_last)  # of no input channels torch makes no output channels
 
 
 def conv2d_dgrad(dy, w, x_size, stride, padding, dilation, groups, channels_last, allow_tf32, algo):

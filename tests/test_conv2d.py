@@ -260,6 +260,15 @@ def test_empty_batch(backend):
     assert not w.grad.any() and not b.grad.any()
 
 
+@pytest.mark.parametrize("algo", [None, "direct", "im2col"])
+def test_a_sum_over_no_channels_is_the_bias(backend, algo):
+    """torch on a CPU returns no output channels here, whatever the weight says."""
+    x, w, b = backend.put(torch.empty(2, 0, 6, 7)), backend.put(torch.empty(4, 0, 3, 2)), backend.put(torch.randn(4))
+    y = fastconv.conv2d(x, w, b, algo=algo)
+    assert torch.equal(y, b[:, None, None].expand(2, 4, 4, 6))
+    assert fastconv.conv2d(x.to("meta"), w.to("meta"), b.to("meta")).shape == y.shape
+
+
 @pytest.mark.parametrize("padding", ["same", "valid"])
 def test_padding_by_name(backend, padding):
     x, w, b = torch.randn(2, 3, 7, 6), torch.randn(4, 3, 4, 3), torch.randn(4)
