@@ -17,21 +17,21 @@ def _conv2d_fprop(info, in_dims, x, w, bias, *config):
     batch = info.batch_size
     x_dim, w_dim, bias_dim = in_dims[:3]
     groups = config[3]
-    fused_bias = bias if bias_dim is None else None
-    if w_dim is None:  # N' = B·N
-        y = _ops.conv2d_fprop(_into(x, 0, x_dim, batch), w, fused_bias, *config) if x_dim is not None else None
-        y = _ops.conv2d_fprop(x, w, None, *config).unsqueeze(0) if y is None else y.unflatten(0, (batch, -1))
-    elif x_dim is None and groups == 1:  # K' = B·K
-        y = _ops.conv2d_fprop(x, _into(w, 0, w_dim, batch), None, *config)
-        y = y.unflatten(1, (batch, -1)).movedim(1, 0)
-        y = y if fused_bias is None else y + fused_bias[:, None, None]
-    else:  # groups' = B·groups
-        config = (*config[:3], batch * groups, *config[4:])
-        y = _ops.conv2d_fprop(_into(x, 1, x_dim, batch), _into(w, 0, w_dim, batch), None, *config)
-        y = y.unflatten(1, (batch, -1)).movedim(1, 0)
-        y = y if fused_bias is None else y + fused_bias[:, None, None]
+    shared_bias = bias if bias_dim is None else None
+    if x_dim is None and w_dim is None:  # only the bias is mapped
+        y = _ops.conv2d_fprop(x, w, None, *config).unsqueeze(0)
+    elif w_dim is None:  # N' = B·N
+        y = _ops.conv2d_fprop(_into(x, 0, x_dim, batch), w, shared_bias, *config).unflatten(0, (batch, -1))
+        shared_bias = None
+    else:
+        if x_dim is not None or groups != 1:  # groups' = B·groups; otherwise K' = B·K
+            x = _into(x, 1, x_dim, batch)
+            config = (*config[:3], batch * groups, *config[4:])
+        y = _ops.conv2d_fprop(x, _into(w, 0, w_dim, batch), None, *config).unflatten(1, (batch, -1)).movedim(1, 0)
     if bias_dim is not None:
         y = y + bias.movedim(bias_dim, 0)[:, None, :, None, None]
+    elif shared_bias is not None:
+        y = y + shared_bias[:, None, None]
     return y, 0
 
 

@@ -158,9 +158,9 @@ def max_pool2d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode
 def batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
     """Batch normalization, as torch.nn.functional.batch_norm (Ioffe and Szegedy, 2015).
 
-    y = (x − μ) / √(σ² + eps) · weight + bias, for each channel. In training μ and σ² (biased) are the batch's, by
-    Welford's method, and running = (1 − momentum)·running + momentum·batch, with the unbiased variance; otherwise they
-    are the running ones.
+    y = (x − μ) / √(σ² + eps) · weight + bias, for each channel. In training μ and σ² (biased) are the batch's, merged
+    from pieces by Chan's formula, and running = (1 − momentum)·running + momentum·batch, with the unbiased variance;
+    otherwise they are the running ones.
 
     Args:
         input: (N, C) or (N, C, *); float32, float64, float16 or bfloat16, on the CPU or on CUDA.
