@@ -18,7 +18,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-BUILD = ROOT / "build" / "ninja"
+BUILD = Path("build/ninja")  # paths are relative to ROOT, where ninja runs: a copied tree stays built
 DEFAULT_ARCHS = ["75", "80", "90a", "100", "80+PTX"]
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # torch 2.10 and everything after it
 
@@ -139,19 +139,23 @@ def write_ninja(cuda_root):
     def objects(folder, files, rule="cxx", **variables):
         return [n.edge(rule, BUILD / folder / f"{f.stem}.o", [f], **variables) for f in files]
 
-    sources = sorted((ROOT / "csrc").glob("*.cpp"))
-    plans = objects("plan", [f for f in sources if f.name != "introspect.cpp"] + sorted(ROOT.glob("csrc/plan/*.cpp")))
-    ops_files = sorted(ROOT.glob("csrc/ops/*.cpp"))
+    def sources(pattern):
+        return sorted(f.relative_to(ROOT) for f in ROOT.glob(pattern))
+
+    plans = objects(
+        "plan", [f for f in sources("csrc/*.cpp") if f.name != "introspect.cpp"] + sources("csrc/plan/*.cpp")
+    )
+    ops_files = sources("csrc/ops/*.cpp")
     library = plans + objects("ops", ops_files, flags=f"{torch_flags} -DFASTCONV_NAMESPACE=fastconv")
 
-    kernel_files = sorted(f for f in ROOT.glob("csrc/cpu/*.cpp") if f.name != "dispatch.cpp")
-    library += objects("cpu", [ROOT / "csrc/cpu/dispatch.cpp"])
+    kernel_files = [f for f in sources("csrc/cpu/*.cpp") if f.name != "dispatch.cpp"]
+    library += objects("cpu", [Path("csrc/cpu/dispatch.cpp")])
     for isa, flags in ISA_FLAGS.items():
         # GCC warns of its own AVX-512 headers, and that vectors are passed differently by other instruction sets.
         quiet = "-Wno-maybe-uninitialized -Wno-psabi"
         library += objects(f"cpu/{isa}", kernel_files, flags=f"-DFASTCONV_ISA={isa} {flags} {quiet}")
 
-    cu_files = sorted(ROOT.glob("csrc/cuda/*.cu"))
+    cu_files = sources("csrc/cuda/*.cu")
     link_flags = f"-L{torch_root}/lib -Wl,--no-as-needed -ltorch -ltorch_cpu -lc10 -Wl,--exclude-libs,ALL"
     if cuda_root:
         nvcc = f"{cuda_root}/bin/nvcc"
@@ -162,10 +166,10 @@ def write_ninja(cuda_root):
             f"{' '.join(architectures(nvcc))} -MMD -MF $out.d -c $in -o $out > $out.log 2>&1 || (cat $out.log; false)",
         )
         library += objects("cuda", cu_files, rule="nvcc")
-        library += objects("cuda", [ROOT / "csrc/cuda/launchers.cpp"])
+        library += objects("cuda", [Path("csrc/cuda/launchers.cpp")])
         link_flags += f" -L{cudart_folder(cuda_root)} -lcudart_static -ldl -lrt -lpthread"
     else:
-        library += objects("cuda", [ROOT / "csrc/cuda/absent.cpp"])
+        library += objects("cuda", [Path("csrc/cuda/absent.cpp")])
     libfastconv = n.edge("link", BUILD / "libfastconv.so", library, flags=f"{link_flags} -Wl,-soname,libfastconv.so")
 
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
@@ -173,23 +177,23 @@ def write_ninja(cuda_root):
     introspect = n.edge(
         "cxx",
         BUILD / f"introspect{suffix}.o",
-        [ROOT / "csrc/introspect.cpp"],
+        [Path("csrc/introspect.cpp")],
         flags=f"{include} -DFASTCONV_WITH_CUDA={int(bool(cuda_root))}",
     )
     module = n.edge("link", BUILD / f"_introspect{suffix}", [introspect, libfastconv], flags="'-Wl,-rpath,$$ORIGIN'")
 
-    emulation = f"-DFASTCONV_EMULATION -I{ROOT}/tests/emulation"
+    emulation = "-DFASTCONV_EMULATION -Itests/emulation"
     ops_flags = f"{torch_flags} -DFASTCONV_NAMESPACE=fastconv_emulated"
     emulated = plans + objects("emulated", cu_files, rule="emulated", flags=emulation)
-    emulated += objects("emulated", [ROOT / "csrc/cuda/launchers.cpp", ROOT / "csrc/cpu/dispatch.cpp"])
+    emulated += objects("emulated", [Path("csrc/cuda/launchers.cpp"), Path("csrc/cpu/dispatch.cpp")])
     emulated += [o for o in library if o.parent.parent.name == "cpu"]
     emulated += objects("emulated/ops", [f for f in ops_files if f.name != "device.cpp"], flags=ops_flags)
-    machine = sorted(ROOT.glob("tests/emulation/*.cpp"))
+    machine = sources("tests/emulation/*.cpp")
     emulated += objects("emulated/machine", machine, rule="emulated", flags=f"{emulation} {ops_flags}")
     n.edge("link", BUILD / "libfastconv_emulated.so", emulated, flags=f"{link_flags} -Wl,-Bsymbolic")
     n.lines.append(f"default {libfastconv} {module}")
-    BUILD.mkdir(parents=True, exist_ok=True)
-    (BUILD / "build.ninja").write_text("\n".join(n.lines) + "\n")
+    (ROOT / BUILD).mkdir(parents=True, exist_ok=True)
+    (ROOT / BUILD / "build.ninja").write_text("\n".join(n.lines) + "\n")
     return [libfastconv, module]
 
 
@@ -197,7 +201,8 @@ def run_ninja(*targets):
     import ninja
 
     jobs = os.environ.get("MAX_JOBS", str(os.cpu_count()))
-    if subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", BUILD, "-j", jobs, *targets]).returncode:
+    command = [Path(ninja.BIN_DIR) / "ninja", "-C", ROOT, "-f", BUILD / "build.ninja", "-j", jobs, *targets]
+    if subprocess.run(command).returncode:
         sys.exit("fastconv: the build failed, see above")
 
 
@@ -230,7 +235,7 @@ class Build(build_ext):
         for output in outputs:
             target = package / output.name
             target.unlink(missing_ok=True)  # a process that has the old one mapped keeps it
-            shutil.copy2(output, target)
+            shutil.copy2(ROOT / output, target)
 
 
 setup(ext_modules=[Extension("fastconv._introspect", ["csrc/introspect.cpp"])], cmdclass={"build_ext": Build})
