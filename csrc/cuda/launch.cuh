@@ -10,10 +10,13 @@
 
 #ifdef FASTCONV_EMULATION
 #include "emulation.h"
+#include "ptx.h"
 #else
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+
+#include "ptx.cuh"
 
 namespace fastconv::cuda {
 

@@ -55,6 +55,7 @@ void fiber_main() {
   after_switch(*machine.current);
   for (;;) {
     machine.body(machine.context);
+    check_copies_done();
     machine.current->state = State::done;
     ++machine.done;
     switch_to(machine.scheduler);

@@ -17,7 +17,7 @@ Machine machine;
 namespace {
 
 // The limits of sm_80 (CUDA C++ Programming Guide, Compute Capabilities).
-constexpr unsigned max_block_threads = 1024, max_block_z = 64, max_grid_yz = 65535, max_grid_x = 0x7fffffff;
+constexpr unsigned max_block_z = 64, max_grid_yz = 65535, max_grid_x = 0x7fffffff;
 constexpr size_t max_shared_bytes = 163 * 1024;
 
 thread_local std::string message;
@@ -43,6 +43,7 @@ struct Permutation {
 
 void run_block(std::mt19937& random) {
   machine.waiting_in_block = machine.done = 0;
+  for (NamedBarrier& barrier : machine.barriers) barrier = {};
   for (int i = 0; i < machine.threads; ++i) machine.fibers[i].state = State::ready;
   while (machine.done < machine.threads && !machine.failed) {
     bool progress = false;
@@ -130,6 +131,7 @@ const char* run_grid(const char* kernel, dim3 grid, dim3 block, size_t shared_by
   free_shared_memory();
   if (!machine.failed) return nullptr;
   for (Fiber& fiber : machine.fibers) fiber.has_context = false;  // some are left in the midst of the kernel
+  forget_copies();
   return message.c_str();
 }
 

@@ -19,6 +19,7 @@ using Where = std::source_location;
 const char* run_grid(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*),
                      void* context);
 void* shared_memory();
+bool in_shared_memory(const void* p, size_t bytes);
 int lane();
 uint32_t present_lanes(uint32_t mask);  // without those beyond the end of the block
 // Ends the launch with an error that names the kernel, the block, the thread and the place.
@@ -49,6 +50,8 @@ struct Lanes {
 // `collective`, which reads and writes everybody's operands: they lie on the lanes' stacks.
 using Collective = void (*)(const Lanes& lanes);
 void warp_collective(const char* what, const Where& where, uint32_t mask, void* operands, Collective collective);
+// The same for instructions that all 32 lanes must execute together.
+void whole_warp(const char* what, const Where& where, void* operands, Collective collective);
 
 }  // namespace emulation
 

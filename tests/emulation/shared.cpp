@@ -52,4 +52,9 @@ bool shared_memory_guards_intact() {
 
 void* shared_memory() { return machine.shared; }
 
+bool in_shared_memory(const void* p, size_t bytes) {
+  const auto offset = reinterpret_cast<uintptr_t>(p) - reinterpret_cast<uintptr_t>(machine.shared);
+  return offset <= shared_bytes && bytes <= shared_bytes - offset;
+}
+
 }  // namespace emulation

@@ -9,7 +9,14 @@
 
 namespace emulation {
 
+constexpr unsigned max_block_threads = 1024;
+
 enum class State : uint8_t { ready, waiting, done };
+
+// See ptx_barriers.cpp.
+struct NamedBarrier {
+  int threads = 0, come = 0;  // how many are expected, and how many have come
+};
 
 // What a thread waits for.
 struct Wait {
@@ -20,6 +27,7 @@ struct Wait {
   bool predicate;         // of a block barrier
   void* operands;         // of a warp's collective
   Collective collective;  // may be null
+  const NamedBarrier* barrier = nullptr;
 };
 
 struct Fiber {
@@ -38,7 +46,7 @@ struct Machine {
   unsigned seed = 0;
   uint64_t switches = 0;
 
-  std::vector<Fiber> fibers{1024};  // pooled: those of a block are the first of them
+  std::vector<Fiber> fibers{max_block_threads};  // pooled: those of a block are the first of them
   Fiber scheduler;
   Fiber* current = nullptr;
   bool failed = false;
@@ -53,6 +61,7 @@ struct Machine {
   int waiting_in_block, votes, result;
   bool meets;
   Wait meeting;
+  NamedBarrier barriers[16];
   unsigned char* shared = nullptr;
 };
 extern Machine machine;
@@ -64,7 +73,12 @@ void make_stack(Fiber& fiber);
 void switch_to(Fiber& to);  // from the one that runs
 
 // waits.cpp
+void wait_for(const Wait& wait);
 void report_divergence();  // when nobody can go on
+
+// ptx_copy.cpp
+void forget_copies();      // of a launch that failed
+void check_copies_done();  // of the thread that exits
 
 // machine.cpp
 void set_failure(const std::string& text);

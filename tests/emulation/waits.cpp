@@ -10,7 +10,10 @@ namespace {
 
 std::string describe(const Wait& wait) {
   char text[256];
-  if (wait.block)
+  if (wait.barrier)
+    snprintf(text, sizeof text, "waits at %s (%s), where %d of %d threads have come", wait.what,
+             place(wait.where).c_str(), wait.barrier->come, wait.barrier->threads);
+  else if (wait.block)
     snprintf(text, sizeof text, "waits at %s (%s)", wait.what, place(wait.where).c_str());
   else
     snprintf(text, sizeof text, "waits at %s of mask 0x%08x (%s)", wait.what, wait.mask, place(wait.where).c_str());
@@ -50,18 +53,18 @@ void arrive_in_warp(const Wait& arrived) {
   lanes.each([&](int i) { fibers[i].state = State::ready; });
 }
 
+}  // namespace
+
 void wait_for(const Wait& wait) {
   Fiber& self = *machine.current;
   self.wait = wait;
   self.state = State::waiting;
   if (wait.block)
     arrive_at_block_barrier(wait);
-  else
+  else if (!wait.barrier)
     arrive_in_warp(wait);
   switch_to(machine.scheduler);
 }
-
-}  // namespace
 
 int block_barrier(const char* what, const Where& where, bool predicate) {
   wait_for({what, where, true, ~0u, predicate, nullptr, nullptr});
@@ -73,11 +76,19 @@ void warp_collective(const char* what, const Where& where, uint32_t mask, void* 
   wait_for({what, where, false, mask, false, operands, collective});
 }
 
+void whole_warp(const char* what, const Where& where, void* operands, Collective collective) {
+  if (present_lanes(~0u) != ~0u) fail(where, "%s in a warp of fewer than 32 threads", what);
+  warp_collective(what, where, ~0u, operands, collective);
+}
+
 // Names a thread that waits, and one that does not come.
 void report_divergence() {
   for (int i = 0; i < machine.threads; ++i) {
     const Fiber& a = machine.fibers[i];
     if (a.state != State::waiting) continue;
+    if (a.wait.barrier)
+      return set_failure("kernel " + std::string(machine.kernel) + ", block " + name_of(blockIdx) + ": thread " +
+                         name_of(a.thread) + " " + describe(a.wait));
     const int first = a.wait.block ? 0 : i & ~31;
     const int last = a.wait.block ? machine.threads : std::min(machine.threads, first + 32);
     for (int j = first; j < last; ++j) {
