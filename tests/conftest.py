@@ -112,6 +112,7 @@ def _same_start_for_every_test():
     torch.manual_seed(0)
     # More threads would only wait for each other over small tensors. That they give the same bits is a test of each op.
     torch.set_num_threads(1)
+    torch.backends.cudnn.conv.fp32_precision = "ieee"  # the tests of tf32 ask for it
 
 
 @pytest.fixture

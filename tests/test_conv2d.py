@@ -174,12 +174,14 @@ def test_every_value_of_low_precision(backend, dtype):
     check_every_value(backend, dtype)
 
 
-@pytest.mark.parametrize("algo", ["direct_naive", "direct", "im2col", "depthwise"])
+@pytest.mark.parametrize("algo", ["direct_naive", "direct", "im2col", "depthwise", "mma"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_algorithms(backend, case, layout, algo):
     if algo not in backend.algorithms:
         pytest.skip(f"{algo} is not an algorithm of this backend")
+    if algo == "mma":
+        pytest.skip("multiplies 16 bits and tf32: test_conv2d_mma.py")
     algorithm_or_skip(backend, case, algo)
     check(backend, case, torch.float32, layout, algo)
 

@@ -13,7 +13,7 @@ struct Divisor {
   int shift = 0;
 
   Divisor() = default;
-  explicit Divisor(int64_t divisor) : d(uint32_t(divisor)), shift(31) {
+  __host__ __device__ explicit Divisor(int64_t divisor) : d(uint32_t(divisor)), shift(31) {
     while ((uint64_t{1} << (shift - 31)) < d) ++shift;
     multiplier = uint32_t(((uint64_t{1} << shift) + d - 1) / d);
   }

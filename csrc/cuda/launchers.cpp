@@ -6,9 +6,9 @@ namespace fastconv::cuda {
 const Launchers* launchers() {
   static const Launchers table = {
       device_info,
-      {conv2d_direct_naive_fprop, conv2d_direct_fprop, conv2d_im2col_fprop, conv2d_depthwise_fprop},
-      {nullptr, conv2d_direct_dgrad, conv2d_im2col_dgrad, conv2d_depthwise_dgrad},
-      {nullptr, conv2d_direct_wgrad, conv2d_im2col_wgrad, conv2d_depthwise_wgrad},
+      {conv2d_direct_naive_fprop, conv2d_direct_fprop, conv2d_im2col_fprop, conv2d_depthwise_fprop, conv2d_mma_fprop},
+      {nullptr, conv2d_direct_dgrad, conv2d_im2col_dgrad, conv2d_depthwise_dgrad, conv2d_mma_dgrad},
+      {nullptr, conv2d_direct_wgrad, conv2d_im2col_wgrad, conv2d_depthwise_wgrad, conv2d_mma_wgrad},
       max_pool2d_forward,
       max_pool2d_backward,
       max_pool2d_indices,

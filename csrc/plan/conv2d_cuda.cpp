@@ -1,12 +1,15 @@
 // How a convolution is done on a GPU.
 //
-// depthwise where every group has one channel and few filters; a matrix product (im2col) where the filters of a group
-// fill enough of its tile; else direct, which can do everything. What is measured in multiply-adds below is a model of
-// the time on one multiprocessor (SM), whose figures are rounded from those of an H100; only their ratios matter.
+// depthwise where every group has one channel and few filters; a matrix product where the filters of a group fill
+// enough of its tile, on tensor cores (mma) where they multiply the dtype, else im2col; else direct, which can do
+// everything. What is measured in multiply-adds below is a model of the time on one multiprocessor (SM), whose figures
+// are rounded from those of an H100; only their ratios matter.
 #include "conv2d_cuda.h"
 
 #include <limits>
 #include <stdexcept>
+
+#include "conv2d_mma.h"
 
 namespace fastconv {
 namespace {
@@ -32,37 +35,48 @@ Product product_of(const Conv2dProblem& p, Direction direction) {
   }
 }
 
-// The tile and the number of splits that the model finds fastest. A small tile wastes less at the edges and gives more
-// blocks; a large one reads less from the L2 cache.
-void choose_tile(const Product& g, const Target& target, DType dtype, Conv2dPlan* plan) {
-  struct Tile {
-    int size;
-    double speed;     // of a full SM
-    int64_t to_fill;  // blocks that fill an SM
-  };
-  constexpr Tile tiles[] = {{128, 1.0, 1}, {64, 0.75, 4}};
+struct Tile {
+  int size;
+  double speed;     // of a full SM
+  int64_t to_fill;  // blocks that fill an SM
+};
+
+// A kernel's tiles, of which a small one wastes less at the edges and gives more blocks, and a large one reads less
+// from the L2 cache; and what else takes time, in multiply-adds.
+struct ProductModel {
+  Tile large, small;
+  int step;            // of the contraction
+  int64_t fewest;      // of the contraction in a split
+  double byte_cost;    // a byte to or from memory
+  double launch_cost;  // one more launch
+};
+constexpr ProductModel gemm_model = {{128, 1.0, 1}, {64, 0.75, 4}, 8, 64, 6, 640e3};
+constexpr ProductModel mma_model = {{128, 1.0, 2}, {64, 0.6, 4}, 32, 256, 96, 10e6};
+
+// The tile and the number of splits that the model finds fastest.
+void choose_tile(const Product& g, const ProductModel& model, const Target& target, DType dtype, Conv2dPlan* plan) {
   constexpr int splits[] = {1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128};
-  constexpr double byte_cost = 6;        // multiply-adds in the time that one byte takes to or from memory
-  constexpr double launch_cost = 640e3;  // multiply-adds in the time of one more launch
   const int64_t sms = std::max(target.num_sms, 1);
   double best = std::numeric_limits<double>::infinity();
-  for (const Tile& tile : tiles) {
+  for (const Tile& tile : {model.large, model.small}) {
     if (tile.size == 128 && dtype == DType::float64) continue;  // does not exist, see gemm.cuh
     for (int split : splits) {
-      const int64_t depth = round_up(pieces(g.k, split), 8), sums = split * g.groups * g.m * round_up(g.n, 4);
-      if (split > 1 && (!g.may_split || depth < 64 || sums * accumulator_bytes(dtype) > most_sums_bytes)) break;
+      const int64_t depth = round_up(pieces(g.k, split), model.step), sums = split * g.groups * g.m * round_up(g.n, 4);
+      if (split > 1 && (!g.may_split || depth < model.fewest || sums * accumulator_bytes(dtype) > most_sums_bytes))
+        break;
       const int64_t blocks = pieces(g.m, tile.size) * pieces(g.n, tile.size) * g.groups * split;
       const int64_t on_one_sm = std::max(pieces(blocks, sms), tile.to_fill);
       double cost = double(on_one_sm) * tile.size * tile.size * double(depth) / tile.speed;
-      if (split > 1 || g.sums_apart) cost += double(2 * sums * accumulator_bytes(dtype)) / double(sms) * byte_cost;
-      if (split > 1 && !g.sums_apart) cost += launch_cost;
+      if (split > 1 || g.sums_apart)
+        cost += double(2 * sums * accumulator_bytes(dtype)) / double(sms) * model.byte_cost;
+      if (split > 1 && !g.sums_apart) cost += model.launch_cost;
       if (cost > 0.95 * best) continue;  // a little more speed is not worth more splits
       best = cost;
       plan->tile_m = plan->tile_n = tile.size;
       plan->split = split;
     }
   }
-  plan->tile_k = 8;
+  plan->tile_k = model.step;
 }
 
 // Pieces that make `blocks` about as many as `wanted`, but no more than there is work for or memory.
@@ -86,9 +100,18 @@ void plan_direct(const Conv2dProblem& p, const Target& target, Conv2dPlan* plan)
 }
 
 void plan_im2col(const Conv2dProblem& p, const Target& target, Conv2dPlan* plan) {
-  choose_tile(product_of(p, plan->direction), target, p.dtype, plan);
+  choose_tile(product_of(p, plan->direction), gemm_model, target, p.dtype, plan);
   plan->workspace_bytes = im2col_chunks(p, plan->direction, plan->split).workspace_bytes();
   plan->kernel = "gemm_kernel";
+}
+
+void plan_mma(const Conv2dProblem& p, const Target& target, Conv2dPlan* plan) {
+  const MmaProduct g = mma_product(p, plan->direction);
+  // The partial sums of several phases would lie in a strided order that ordered_sum.cuh does not know.
+  choose_tile({g.m, g.n, g.k, g.groups * g.phases, g.phases == 1, false}, mma_model, target, p.dtype, plan);
+  plan->tile_k = int(64 / element_bytes(p.dtype));
+  plan->workspace_bytes = mma_workspace(p, plan->direction, plan->split).end;
+  plan->kernel = "conv2d_mma_kernel";
 }
 
 void plan_depthwise(const Conv2dProblem& p, const Target& target, Conv2dPlan* plan) {
@@ -105,7 +128,16 @@ void plan_depthwise(const Conv2dProblem& p, const Target& target, Conv2dPlan* pl
 std::string text(const char* what, int64_t value) { return std::string(what) + " = " + std::to_string(value); }
 
 // Why an algorithm cannot do a problem; empty if it can.
-std::string obstacle(const Conv2dProblem& p, Algo algo) {
+std::string obstacle(const Conv2dProblem& p, const Target& target, Algo algo) {
+  if (algo == Algo::mma) {
+    if (target.sm < 80) return "needs compute capability 8.0 or newer, and this is " + text("sm", target.sm);
+    if (p.dtype == DType::float64) return "multiplies float16, bfloat16 and tf32, and this is float64";
+    if (p.dtype == DType::float32 && !p.allow_tf32)
+      return "would round float32 to tf32, which torch.backends.cudnn.conv.fp32_precision does not allow";
+    constexpr int64_t most = int64_t{1} << 30;
+    if (counts_in_32_bits(p) && p.N * std::max(p.P * p.Q, p.H * p.W) <= most) return "";
+    return "counts the pixels of all images in 32 bits, which are too few here";
+  }
   if (algo == Algo::depthwise && p.channels_per_group() != 1)
     return text("needs one channel a group, and C/groups", p.channels_per_group());
   if ((algo == Algo::depthwise || algo == Algo::im2col) && !counts_in_32_bits(p))
@@ -128,7 +160,7 @@ Conv2dPlan plan_conv2d_cuda(const Conv2dProblem& problem, Direction direction, c
 
   const int64_t filters = p.filters_per_group();
   if (algo) {
-    if (const std::string why = obstacle(p, *algo); !why.empty())
+    if (const std::string why = obstacle(p, target, *algo); !why.empty())
       throw std::invalid_argument(std::string("algo '") + name(*algo) + "' cannot do this convolution: it " + why);
     plan.algo = *algo;
     if (*algo == Algo::direct_naive && direction != Direction::fprop) {
@@ -142,7 +174,7 @@ Conv2dPlan plan_conv2d_cuda(const Conv2dProblem& problem, Direction direction, c
     say(Algo::direct_naive, false, "never chosen: every output reads its whole window from memory");
     bool found = false;
     const auto consider = [&](Algo candidate, bool good, const std::string& why_good, const std::string& why_not) {
-      const std::string why = obstacle(p, candidate);
+      const std::string why = obstacle(p, target, candidate);
       if (found || !why.empty() || !good) {
         say(candidate, false, found ? std::string(name(plan.algo)) + " comes first" : why.empty() ? why_not : why);
         return;
@@ -153,6 +185,10 @@ Conv2dPlan plan_conv2d_cuda(const Conv2dProblem& problem, Direction direction, c
     };
     consider(Algo::depthwise, filters <= most_depthwise_filters, "one channel a group: limited by memory",
              text("reads an input again for each of its filters, and K/groups", filters));
+    consider(Algo::mma, filters >= fewest_product_filters,
+             text("a matrix product on tensor cores, K/groups", filters) +
+                 text(" filters by C/groups·R·S", p.channels_per_group() * p.R * p.S) + " taps",
+             text("the product would waste most of its tile, as K/groups", filters));
     consider(Algo::im2col, filters >= fewest_product_filters,
              text("a matrix product, K/groups", filters) +
                  text(" filters by C/groups·R·S", p.channels_per_group() * p.R * p.S) + " taps",
@@ -165,6 +201,7 @@ Conv2dPlan plan_conv2d_cuda(const Conv2dProblem& problem, Direction direction, c
     case Algo::direct: plan_direct(p, target, &plan); break;
     case Algo::im2col: plan_im2col(p, target, &plan); break;
     case Algo::depthwise: plan_depthwise(p, target, &plan); break;
+    case Algo::mma: plan_mma(p, target, &plan); break;
   }
   return plan;
 }

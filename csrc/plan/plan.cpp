@@ -12,7 +12,7 @@ Conv2dPlan plan_conv2d(const Conv2dProblem& problem, Direction direction, const 
 }
 
 std::vector<Algo> algorithms(bool cuda) {
-  if (cuda) return {Algo::direct_naive, Algo::direct, Algo::im2col, Algo::depthwise};
+  if (cuda) return {Algo::direct_naive, Algo::direct, Algo::im2col, Algo::depthwise, Algo::mma};
   return {Algo::direct, Algo::im2col, Algo::depthwise};
 }
 
@@ -22,6 +22,7 @@ const char* name(Algo algo) {
     case Algo::direct: return "direct";
     case Algo::im2col: return "im2col";
     case Algo::depthwise: return "depthwise";
+    case Algo::mma: return "mma";
   }
   return "";
 }
