@@ -7,6 +7,7 @@ NVCC_PACKAGES := nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-crt=
                  nvidia-cuda-runtime==13.0.96 nvidia-cuda-cccl==13.0.85
 BUILD_PACKAGES := "setuptools>=77" ninja pybind11
 RUN_PACKAGES := numpy rich matplotlib pytest hypothesis
+DISASSEMBLERS := nvidia-cuda-cuobjdump==13.2.51 nvidia-cuda-nvdisasm==13.2.51
 LINTERS := ruff==0.17.5 clang-format==23.1.5
 CLANG_FORMAT = $(PYTHON) -c "import clang_format, sys; sys.exit(clang_format.clang_format())"
 CXX ?= g++
@@ -42,9 +43,11 @@ format: $(ENVIRONMENT)
 	$(PYTHON) -m ruff format .
 	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs $(CLANG_FORMAT) -i
 
-# Reads the compiler's reports that the build left: no warnings, no spills.
+# Reads the compiler's reports that the build left, and the machine code: no warnings, no spills, tensor cores used.
 cuda-check: build
+	$(PYTHON) -m pip install --quiet $(DISASSEMBLERS)
 	$(PYTHON) tests/check_ptxas.py
+	$(PYTHON) tests/check_sass.py
 
 .venv/ready: Makefile | check-machine
 	python3 -m venv .venv

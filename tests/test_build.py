@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 
+import check_sass
 import pytest
 import test_batch_norm
 import test_conv2d
@@ -99,6 +100,18 @@ def test_the_baseline_runs_on_a_processor_without_avx(isas, tmp_path):
     assert output_of("qemu-x86_64", "-cpu", "Nehalem", driver, "baseline") == native
     if "avx2" in isas:  # and a kernel of another instruction set would have been noticed
         assert output_of(driver, "avx2") != native
+
+
+def test_a_tensor_core_kernel_without_such_instructions_is_noticed():
+    sass = """
+        arch = sm_80
+            Function : conv2d_mma_kernel
+            /*0000*/  LDGSTS.E.BYPASS.128 [R2], [R4.64] ;
+            /*0010*/  @!P0 HMMA.16816.F32 R48, R52, R58, R48 ;
+    """
+    assert not list(check_sass.complaints(check_sass.count(sass)))
+    (complaint,) = check_sass.complaints(check_sass.count(sass.replace("HMMA", "FFMA")))
+    assert complaint == "sm_80: conv2d_mma_kernel has no mma instruction"
 
 
 def test_import_without_introspection():

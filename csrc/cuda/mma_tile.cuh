@@ -58,12 +58,14 @@ struct OperandTile {
         ptx::cp_async_16(to, from ? from : readable, from ? 16 : 0);
         continue;
       }
-#pragma unroll 1
+      Vec<T, chunk> values;
+#pragma unroll
       for (int j = 0; j < chunk; ++j) {
         const int index_j = index + (along_k ? 0 : j), k_j = k + (along_k ? j : 0);
         const T* from = index_j < index_end && k_j < k_end ? at(index_j, k_j) : nullptr;
-        reinterpret_cast<T*>(to)[j] = from ? *from : from_acc<T>(0);
+        values.at[j] = from ? *from : from_acc<T>(0);
       }
+      store_vec(reinterpret_cast<T*>(to), values);
     }
   }
 

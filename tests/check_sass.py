@@ -1,0 +1,95 @@
+"""Prints what the compiled CUDA kernels consist of, and fails where a tensor-core kernel has no such instruction.
+
+    python tests/check_sass.py [--table]
+
+Needs cuobjdump and nvdisasm: those of a CUDA toolkit on PATH, or pip's nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm.
+The table has a line a kernel and architecture: registers, bytes of stack, and its instructions by kind: tensor-core
+products, asynchronous copies, global accesses by width.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import check_ptxas
+
+OBJECTS = check_ptxas.LOGS
+FUNCTION = re.compile(r"Function : (\w+)")
+ARCH = re.compile(r"arch = (sm_\w+)")
+INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)")
+KINDS = {
+    "mma": re.compile(r"HMMA|DMMA|HGMMA|UTCHMMA"),
+    "ldmatrix": re.compile(r"LDSM"),
+    "cp.async": re.compile(r"LDGSTS"),
+    "global 128": re.compile(r"(LDG|STG)\b.*\.128"),
+    "global 64": re.compile(r"(LDG|STG)\b.*\.64"),
+    "global": re.compile(r"(LDG|STG)\b"),
+    "shared": re.compile(r"(LDS|STS)\b"),
+    "local": re.compile(r"(LDL|STL)\b"),
+}
+
+
+def tool(name):
+    """The path of a program of the CUDA toolkit or of a pip package, or None."""
+    for folder in map(Path, sys.path):
+        if (path := folder / "nvidia" / "cu13" / "bin" / name).exists():
+            return str(path)
+    return shutil.which(name)
+
+
+def kind(instruction):
+    return next((name for name, pattern in KINDS.items() if pattern.match(instruction)), "other")
+
+
+def count(sass):
+    """{(kernel, architecture): Counter of instructions by kind} of cuobjdump's output."""
+    kernels, arch, entry = {}, None, None
+    for line in sass.splitlines():
+        if match := ARCH.search(line):
+            arch = match.group(1)
+        elif match := FUNCTION.search(line):
+            entry = kernels.setdefault((match.group(1), arch), Counter())
+        elif entry is not None and (match := INSTRUCTION.search(line)):
+            entry[kind(match.group(1))] += 1
+    return kernels
+
+
+def complaints(kernels):
+    """The tensor-core kernels that lack what they are for; sm_75, which they are not launched on, is left out."""
+    for (name, arch), kinds in kernels.items():
+        if "mma_kernel" in name and arch != "sm_75":
+            for needed in ("mma", "cp.async"):
+                if not kinds[needed]:
+                    yield f"{arch}: {name} has no {needed} instruction"
+
+
+def main():
+    cuobjdump, nvdisasm = tool("cuobjdump"), tool("nvdisasm")
+    if not cuobjdump or not nvdisasm:
+        sys.exit("cuobjdump and nvdisasm are needed: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
+    environment = {**os.environ, "PATH": f"{Path(nvdisasm).parent}:{os.environ['PATH']}"}
+    table = "--table" in sys.argv[1:]
+    kernels, registers = {}, {}
+    for log in sorted(OBJECTS.glob("*.o.log" if table else "*mma*.o.log")):
+        path = log.with_suffix("")
+        run = subprocess.run([cuobjdump, "-sass", path], env=environment, capture_output=True, text=True, check=True)
+        kernels |= count(run.stdout)
+        for name, arch, *rest in check_ptxas.read(log)[1]:
+            registers[name, arch] = rest
+    if table:
+        for (name, arch), kinds in sorted(kernels.items()):
+            used, stack = registers.get((name, arch), (0, 0))
+            instructions = ", ".join(f"{kinds[k]} {k}" for k in (*KINDS, "other") if kinds[k])
+            print(f"{arch:7} {used:3} registers {stack:3} B stack | {instructions} | {name}")
+    found = list(complaints(kernels))
+    print(*found, sep="\n")
+    print(f"{len(kernels)} kernels disassembled, {len(found)} complaints")
+    sys.exit(bool(found) or not kernels)
+
+
+if __name__ == "__main__":
+    main()
