@@ -167,7 +167,10 @@ def write_ninja(cuda_root):
         )
         library += objects("cuda", cu_files, rule="nvcc")
         library += objects("cuda", [Path("csrc/cuda/launchers.cpp")])
-        link_flags += f" -L{cudart_folder(cuda_root)} -lcudart_static -ldl -lrt -lpthread"
+        cudart = f"-L{cudart_folder(cuda_root)} -lcudart_static -ldl -lrt -lpthread"
+        link_flags += f" {cudart}"
+        golden = objects("golden", sources("tests/golden/*.cu"), rule="nvcc")
+        n.edge("link", BUILD / "libfastconv_golden.so", golden, flags=f"{cudart} -Wl,--exclude-libs,ALL")
     else:
         library += objects("cuda", [Path("csrc/cuda/absent.cpp")])
     libfastconv = n.edge("link", BUILD / "libfastconv.so", library, flags=f"{link_flags} -Wl,-soname,libfastconv.so")
@@ -190,6 +193,7 @@ def write_ninja(cuda_root):
     emulated += objects("emulated/ops", [f for f in ops_files if f.name != "device.cpp"], flags=ops_flags)
     machine = sources("tests/emulation/*.cpp")
     emulated += objects("emulated/machine", machine, rule="emulated", flags=f"{emulation} {ops_flags}")
+    emulated += objects("emulated/golden", sources("tests/golden/*.cu"), rule="emulated", flags=emulation)
     n.edge("link", BUILD / "libfastconv_emulated.so", emulated, flags=f"{link_flags} -Wl,-Bsymbolic")
     n.lines.append(f"default {libfastconv} {module}")
     (ROOT / BUILD).mkdir(parents=True, exist_ok=True)
@@ -207,14 +211,17 @@ def run_ninja(*targets):
 
 
 class Build(build_ext):
-    """`build_ext` by ninja; with --emulated also the library of emulated kernels that the tests use."""
+    """`build_ext` by ninja; with --emulated and --golden also the libraries that the tests use."""
 
-    user_options = build_ext.user_options + [("emulated", None, "also build libfastconv_emulated.so for the tests")]
-    boolean_options = build_ext.boolean_options + ["emulated"]
+    user_options = build_ext.user_options + [
+        ("emulated", None, "also build libfastconv_emulated.so, the emulated CUDA kernels"),
+        ("golden", None, "also build libfastconv_golden.so, which runs the wrappers of ptx.cuh on a GPU"),
+    ]
+    boolean_options = build_ext.boolean_options + ["emulated", "golden"]
 
     def initialize_options(self):
         super().initialize_options()
-        self.emulated = False
+        self.emulated = self.golden = False
 
     def run(self):
         check_platform()
@@ -229,6 +236,10 @@ class Build(build_ext):
         run_ninja()
         if self.emulated:
             run_ninja(str(BUILD / "libfastconv_emulated.so"))
+        if self.golden:
+            if not cuda_root:
+                sys.exit(f"--golden needs an nvcc: {reason}")
+            run_ninja(str(BUILD / "libfastconv_golden.so"))
         in_place = self.inplace or getattr(self, "editable_mode", False)
         package = (ROOT if in_place else Path(self.build_lib)) / "fastconv"
         package.mkdir(parents=True, exist_ok=True)
