@@ -27,9 +27,13 @@ struct Fiber {
   char* stack = nullptr;
   bool has_context = false;  // false: it starts anew when it is resumed
   State state = State::ready;
+  bool yielded = false;
   uint3 thread;
   Wait wait;
-  void* asan_stack = nullptr;
+  void* sanitizer_context = nullptr;
+  // What the sanitizer is told to order: a warp's collective, by what each lane brings and takes; and in the first
+  // fiber, the block's fence and its barriers, two in turns since some come to the next while others have yet to leave.
+  char arrived, passed, fence, barriers[2];
 };
 
 struct Machine {
@@ -38,7 +42,8 @@ struct Machine {
   unsigned seed = 0;
   uint64_t switches = 0;
 
-  std::vector<Fiber> fibers{1024};  // pooled: those of a block are the first of them
+  std::vector<Fiber> pool;
+  Fiber* fibers;  // of the block that runs
   Fiber scheduler;
   Fiber* current = nullptr;
   bool failed = false;
@@ -53,14 +58,18 @@ struct Machine {
   int waiting_in_block, votes, result;
   bool meets;
   Wait meeting;
-  unsigned char* shared = nullptr;
+  unsigned barriers_passed;
+  unsigned char* shared;
+  char begin, end, fence;  // of the launch and of the grid, for the sanitizer to order
 };
 extern Machine machine;
 
-inline int index_of(const Fiber& fiber) { return int(&fiber - machine.fibers.data()); }
+inline int index_of(const Fiber& fiber) { return int(&fiber - machine.fibers); }
 
 // fiber.cpp
-void make_stack(Fiber& fiber);
+constexpr size_t stack_bytes = 256 * 1024;  // only the pages that are touched take memory
+void create(Fiber& fiber);
+void destroy(Fiber& fiber);
 void switch_to(Fiber& to);  // from the one that runs
 
 // waits.cpp
@@ -74,7 +83,7 @@ std::string name_of(uint3 index);
 // shared.cpp
 void new_shared_memory(size_t bytes);
 void free_shared_memory();
-void fill_shared_memory();           // with NaN
+void renew_shared_memory();          // filled with NaN
 bool shared_memory_guards_intact();  // whether nothing was written past its ends
 
 }  // namespace emulation
