@@ -9,6 +9,7 @@ import math
 import re
 
 import pytest
+import sanitizers
 import torch
 from conftest import ORDERS, ROOT
 
@@ -272,6 +273,7 @@ REPORTED = {
 }
 COPYING = ("copies", "unused_address", "producer_and_consumer", "zero_is_syncthreads")
 COPYING_TOO_EARLY = ("missing_wait", "missing_commit", "missing_barrier_after_wait")
+RACES = (*COPYING_TOO_EARLY, "ring_waits_for_one_too_few")  # to ThreadSanitizer
 MULTIPLYING_WRONGLY = ("wrong_row", "swapped_registers", "swapped_columns")
 
 
@@ -286,6 +288,11 @@ def run_case(request, emulated_library):
         error = emulated_library.fastconv_emulation_run_ptx_case(
             name.encode(), ctypes.c_void_p(data.data_ptr()), ctypes.c_void_p(out.data_ptr())
         )
+        report = sanitizers.new_report()
+        if name not in RACES:
+            assert not report, report
+        elif request.config.getoption("--fastconv-sanitizer") == "thread" and request.param == ORDERS[0]:
+            assert "data race" in report and name in report  # which is made once
         return out, (error or b"").decode()
 
     yield run
