@@ -29,7 +29,12 @@ void begin_thread() { acquire(&machine.begin); }
 void end_thread() { release(&machine.end); }
 
 void create(Fiber& fiber) { fiber.sanitizer_context = __tsan_create_fiber(0); }
-void destroy(Fiber& fiber) { __tsan_destroy_fiber(fiber.sanitizer_context); }
+void destroy(Fiber& fiber) {
+  // The launch failed before the thread came to its end: a switch back from it orders what it did before what follows.
+  __tsan_switch_to_fiber(fiber.sanitizer_context, __tsan_switch_to_fiber_no_sync);
+  __tsan_switch_to_fiber(machine.scheduler.sanitizer_context, 0);
+  __tsan_destroy_fiber(fiber.sanitizer_context);
+}
 void name(Fiber& fiber) {
   char text[64];  // ThreadSanitizer cuts off what is longer
   snprintf(text, sizeof text, "thread %s, block %s of %s", name_of(fiber.thread).c_str(), name_of(blockIdx).c_str(),
