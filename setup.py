@@ -33,9 +33,9 @@ SANITIZERS = {
     "address": "-fsanitize=address,undefined -fno-sanitize-recover=all",
     "thread": "-fsanitize=thread",
 }
-# Of tests/emulation.
-EMULATED_MACHINE = ("copies", "device", "fiber", "machine", "ptx_barriers", "ptx_mma", "shared", "waits")
-EMULATED_OPS = ("device.cpp",)  # files of csrc/ops that the emulation has its own of
+# Files of tests/emulation that access memory as kernels do.
+EMULATED_MODELS = ("faults.cpp", "faults_ptx.cpp", "ptx_copy.cpp", "ptx_matrix.cpp")
+EMULATED_OPS = ("allocate.cpp", "device.cpp")  # files of csrc/ops that the emulation has its own of
 
 
 def check_platform():
@@ -195,18 +195,17 @@ def write_ninja(cuda_root):
     )
     module = n.edge("link", BUILD / f"_introspect{suffix}", [introspect, libfastconv], flags="'-Wl,-rpath,$$ORIGIN'")
 
-    # The emulated library, plain and under each sanitizer. Kernels and what is inlined into them are instrumented, the
-    # machine that runs them is not.
+    # The emulated library, plain and under each sanitizer, which instruments the kernels and not the machine.
     emulation = "-DFASTCONV_EMULATION -Itests/emulation"
     ops_flags = f"{torch_flags} -DFASTCONV_NAMESPACE=fastconv_emulated"
-    machine_files = [Path("tests/emulation") / f"{name}.cpp" for name in EMULATED_MACHINE]
-    instrumented = cu_files + [f for f in sources("tests/emulation/*.cpp") if f not in machine_files]
+    instrumented = cu_files + [f for f in sources("tests/emulation/*.cpp") if f.name in EMULATED_MODELS]
     instrumented += sources("tests/golden/*.cu")
+    machine = [f for f in sources("tests/emulation/*.cpp") if f not in instrumented]
+    machine.append(Path("tests/emulation/sanitizers/none.cpp"))
     shared = plans + objects("emulated", [Path("csrc/cuda/launchers.cpp"), Path("csrc/cpu/dispatch.cpp")])
     shared += [o for o in library if o.parent.parent.name == "cpu"]
     shared += objects("emulated/ops", [f for f in ops_files if f.name not in EMULATED_OPS], flags=ops_flags)
-    shared += objects("emulated/machine", machine_files, rule="emulated", flags=f"{emulation} {ops_flags}")
-    shared += objects("emulated/machine", [Path("tests/emulation/sanitizers/none.cpp")], rule="emulated")
+    shared += objects("emulated/machine", machine, rule="emulated", flags=f"{emulation} {ops_flags}")
     for sanitizer, flags in SANITIZERS.items():
         name = f"emulated_{sanitizer}" if sanitizer else "emulated"
         emulated = objects(name, instrumented, rule="emulated", flags=f"{emulation} {flags}")

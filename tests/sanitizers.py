@@ -31,7 +31,8 @@ def environment(sanitizer, log=None):
         # Python and torch free little at their end.
         "ASAN_OPTIONS": "detect_leaks=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
-        "TSAN_OPTIONS": f"suppressions={FOLDER / 'emulation' / 'sanitizers' / 'thread.suppressions'}",
+        # The shared memory of every block has the same addresses.
+        "TSAN_OPTIONS": "suppress_equal_addresses=0",
     }
     if log:
         options["TSAN_OPTIONS"] += f" log_path={log}"
