@@ -1,7 +1,8 @@
 # make bench   environment, build, and the quick benchmark
 # make test    environment, build, and the tests
 # make gpu-check PYTHON=python   on a machine with a GPU, with libraries that were built elsewhere: tests/gpu_check.py
-# The first two make a .venv of their own; `make bench PYTHON=python` uses that Python's environment instead and installs nothing.
+# The first two make a .venv of their own; `make bench PYTHON=python` uses that Python's environment instead and
+# installs nothing.
 
 TORCH := torch==2.13.0
 NVCC_PACKAGES := nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-crt==13.0.88 \
