@@ -1,6 +1,8 @@
 # make bench   environment, build, and the quick benchmark
 # make test    environment, build, and the tests
-# Both make a .venv of their own; `make bench PYTHON=python` uses that Python's environment instead and installs nothing.
+# make gpu-check PYTHON=python   on a machine with a GPU, with libraries that were built elsewhere: tests/gpu_check.py
+# The first two make a .venv of their own; `make bench PYTHON=python` uses that Python's environment instead and
+# installs nothing.
 
 TORCH := torch==2.13.0
 NVCC_PACKAGES := nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-crt==13.0.88 \
@@ -20,7 +22,7 @@ ENVIRONMENT := .venv/ready
 endif
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: bench test build lint format cuda-check check-machine check-environment clean
+.PHONY: bench test build lint format cuda-check gpu-check check-machine check-environment clean
 
 bench: build
 	$(PYTHON) benchmarks/run.py --quick
@@ -48,6 +50,9 @@ cuda-check: build
 	$(PYTHON) -m pip install --quiet $(DISASSEMBLERS)
 	$(PYTHON) tests/check_ptxas.py
 	$(PYTHON) tests/check_sass.py
+
+gpu-check:
+	$(PYTHON) tests/gpu_check.py
 
 .venv/ready: Makefile | check-machine
 	python3 -m venv .venv

@@ -27,6 +27,16 @@ if platform.machine() == "x86_64":
     ISA_FLAGS["avx2"] = "-mavx2 -mfma -mf16c"
     ISA_FLAGS["avx512"] = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c"
 
+# What the emulated kernels are compiled with.
+SANITIZERS = {
+    "": "",
+    "address": "-fsanitize=address,undefined -fno-sanitize-recover=all",
+    "thread": "-fsanitize=thread",
+}
+# Files of tests/emulation that access memory as kernels do.
+EMULATED_MODELS = ("faults.cpp", "faults_ptx.cpp", "ptx_copy.cpp", "ptx_matrix.cpp")
+EMULATED_OPS = ("allocate.cpp", "device.cpp")  # files of csrc/ops that the emulation has its own of
+
 
 def check_platform():
     if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
@@ -167,7 +177,10 @@ def write_ninja(cuda_root):
         )
         library += objects("cuda", cu_files, rule="nvcc")
         library += objects("cuda", [Path("csrc/cuda/launchers.cpp")])
-        link_flags += f" -L{cudart_folder(cuda_root)} -lcudart_static -ldl -lrt -lpthread"
+        cudart = f"-L{cudart_folder(cuda_root)} -lcudart_static -ldl -lrt -lpthread"
+        link_flags += f" {cudart}"
+        golden = objects("golden", sources("tests/golden/*.cu"), rule="nvcc")
+        n.edge("link", BUILD / "libfastconv_golden.so", golden, flags=f"{cudart} -Wl,--exclude-libs,ALL")
     else:
         library += objects("cuda", [Path("csrc/cuda/absent.cpp")])
     libfastconv = n.edge("link", BUILD / "libfastconv.so", library, flags=f"{link_flags} -Wl,-soname,libfastconv.so")
@@ -182,15 +195,24 @@ def write_ninja(cuda_root):
     )
     module = n.edge("link", BUILD / f"_introspect{suffix}", [introspect, libfastconv], flags="'-Wl,-rpath,$$ORIGIN'")
 
+    # The emulated library, plain and under each sanitizer, which instruments the kernels and not the machine.
     emulation = "-DFASTCONV_EMULATION -Itests/emulation"
     ops_flags = f"{torch_flags} -DFASTCONV_NAMESPACE=fastconv_emulated"
-    emulated = plans + objects("emulated", cu_files, rule="emulated", flags=emulation)
-    emulated += objects("emulated", [Path("csrc/cuda/launchers.cpp"), Path("csrc/cpu/dispatch.cpp")])
-    emulated += [o for o in library if o.parent.parent.name == "cpu"]
-    emulated += objects("emulated/ops", [f for f in ops_files if f.name != "device.cpp"], flags=ops_flags)
-    machine = sources("tests/emulation/*.cpp")
-    emulated += objects("emulated/machine", machine, rule="emulated", flags=f"{emulation} {ops_flags}")
-    n.edge("link", BUILD / "libfastconv_emulated.so", emulated, flags=f"{link_flags} -Wl,-Bsymbolic")
+    instrumented = cu_files + [f for f in sources("tests/emulation/*.cpp") if f.name in EMULATED_MODELS]
+    instrumented += sources("tests/golden/*.cu")
+    machine = [f for f in sources("tests/emulation/*.cpp") if f not in instrumented]
+    machine.append(Path("tests/emulation/sanitizers/none.cpp"))
+    shared = plans + objects("emulated", [Path("csrc/cuda/launchers.cpp"), Path("csrc/cpu/dispatch.cpp")])
+    shared += [o for o in library if o.parent.parent.name == "cpu"]
+    shared += objects("emulated/ops", [f for f in ops_files if f.name not in EMULATED_OPS], flags=ops_flags)
+    shared += objects("emulated/machine", machine, rule="emulated", flags=f"{emulation} {ops_flags}")
+    for sanitizer, flags in SANITIZERS.items():
+        name = f"emulated_{sanitizer}" if sanitizer else "emulated"
+        emulated = objects(name, instrumented, rule="emulated", flags=f"{emulation} {flags}")
+        if sanitizer:
+            emulated += objects(name, [Path(f"tests/emulation/sanitizers/{sanitizer}.cpp")], rule="emulated")
+        flags = f"{link_flags} {flags} -Wl,-Bsymbolic"
+        n.edge("link", BUILD / f"libfastconv_{name}.so", shared + emulated, flags=flags)
     n.lines.append(f"default {libfastconv} {module}")
     (ROOT / BUILD).mkdir(parents=True, exist_ok=True)
     (ROOT / BUILD / "build.ninja").write_text("\n".join(n.lines) + "\n")
@@ -207,14 +229,19 @@ def run_ninja(*targets):
 
 
 class Build(build_ext):
-    """`build_ext` by ninja; with --emulated also the library of emulated kernels that the tests use."""
+    """`build_ext` by ninja; with --emulated and --golden also the libraries that the tests use."""
 
-    user_options = build_ext.user_options + [("emulated", None, "also build libfastconv_emulated.so for the tests")]
-    boolean_options = build_ext.boolean_options + ["emulated"]
+    user_options = build_ext.user_options + [
+        ("emulated", None, "also build libfastconv_emulated.so, the emulated CUDA kernels"),
+        ("sanitizers=", None, "also build it under these: address,thread"),
+        ("golden", None, "also build libfastconv_golden.so, which runs the wrappers of ptx.cuh on a GPU"),
+    ]
+    boolean_options = build_ext.boolean_options + ["emulated", "golden"]
 
     def initialize_options(self):
         super().initialize_options()
-        self.emulated = False
+        self.emulated = self.golden = False
+        self.sanitizers = ""
 
     def run(self):
         check_platform()
@@ -227,8 +254,16 @@ class Build(build_ext):
         )
         outputs = write_ninja(cuda_root)
         run_ninja()
-        if self.emulated:
-            run_ninja(str(BUILD / "libfastconv_emulated.so"))
+        sanitizers = [s for s in self.sanitizers.split(",") if s]
+        if unknown := [s for s in sanitizers if s not in SANITIZERS]:
+            sys.exit(f"fastconv: --sanitizers are address and thread, not {', '.join(unknown)}")
+        emulated = [""] if self.emulated else []
+        for sanitizer in emulated + sanitizers:
+            run_ninja(str(BUILD / f"libfastconv_{'_'.join(filter(None, ['emulated', sanitizer]))}.so"))
+        if self.golden:
+            if not cuda_root:
+                sys.exit(f"--golden needs an nvcc: {reason}")
+            run_ninja(str(BUILD / "libfastconv_golden.so"))
         in_place = self.inplace or getattr(self, "editable_mode", False)
         package = (ROOT if in_place else Path(self.build_lib)) / "fastconv"
         package.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,8 @@
 """Backends: the tests of an op run on the CPU kernels, on the CUDA kernels emulated on the host, and on a GPU.
 
 A test that takes `backend` runs on all three; one that takes `native_backend` leaves out the emulation, for shapes that
-would take it too long. `--fastconv-order` lets the emulated threads run in another order.
+would take it too long. `--fastconv-order` lets the emulated threads run in another order; `--fastconv-sanitizer` takes
+kernels that were compiled with a sanitizer (`python setup.py build_ext --inplace --sanitizers address,thread`).
 """
 
 import contextlib
@@ -10,22 +11,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import sanitizers
 import torch
 
 import fastconv
 from fastconv import _fake, _ops, _vmap, autograd
 
 ROOT = Path(__file__).resolve().parent.parent
-EMULATED_LIBRARY = ROOT / "build" / "ninja" / "libfastconv_emulated.so"
 PASSED = pytest.StashKey[bool]()
 ORDERS = ("forward", "reverse", "shuffled")
 
 
 def pytest_addoption(parser):
     parser.addoption("--fastconv-order", choices=ORDERS, default="forward", help="of the emulated threads")
+    parser.addoption("--fastconv-sanitizer", choices=tuple(sanitizers.RUNTIMES), help="of the emulated kernels")
 
 
 def pytest_configure(config):
+    if sanitizer := config.getoption("--fastconv-sanitizer"):
+        sanitizers.begin_anew(config, sanitizer)
     config.addinivalue_line("markers", "launches_nothing: no kernel runs, since there is nothing to compute")
 
 
@@ -54,15 +58,23 @@ class Backend:
         return moved.copy_(tensor)
 
 
+def emulated_library_path(sanitizer=None):
+    """The emulated library, plain or under a sanitizer; the test is skipped if it is not built."""
+    path = ROOT / "build" / "ninja" / f"libfastconv_emulated{f'_{sanitizer}' if sanitizer else ''}.so"
+    if not path.exists():
+        option = f"--sanitizers {sanitizer}" if sanitizer else "--emulated"
+        pytest.skip(f"no emulated kernels: build them with `python setup.py build_ext --inplace {option}`")
+    return path
+
+
 @pytest.fixture(scope="session")
 def emulated_library(request):
     """The emulated library, loaded, with its ops' fake kernels, vmap rules and derivatives."""
-    if not EMULATED_LIBRARY.exists():
-        pytest.skip("no emulated kernels: build them with `python setup.py build_ext --inplace --emulated`")
-    torch.ops.load_library(str(EMULATED_LIBRARY))
+    path = emulated_library_path(request.config.getoption("--fastconv-sanitizer"))
+    torch.ops.load_library(str(path))
     for module in (_fake, _vmap, autograd):
         module.register("fastconv_emulated")
-    library = ctypes.CDLL(str(EMULATED_LIBRARY))
+    library = ctypes.CDLL(str(path))
     library.fastconv_emulation_switches.restype = ctypes.c_uint64
     library.fastconv_emulation_set_order(ORDERS.index(request.config.getoption("--fastconv-order")), ctypes.c_uint(1))
     return library
@@ -76,6 +88,8 @@ def _emulation(library, node):
         yield Backend("emulated", "cpu")
     finally:
         _ops.use_namespace("fastconv")
+    report = sanitizers.new_report()
+    assert not report, report
     if node.stash.get(PASSED, False) and node.get_closest_marker("launches_nothing") is None:
         assert library.fastconv_emulation_switches() > before, "this test launched no emulated kernel"
 

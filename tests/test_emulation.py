@@ -14,12 +14,16 @@ FAULTS = {
     "source_outside_mask": r"lane \d+ reads lane \d+, which does not take part",
     "shared_overrun": r"wrote outside of its shared memory",
     "misaligned_vector": r"is not a multiple of 16",
+    "misaligned_load": r"is not a multiple of 8",
+    "endless_spin": r"its threads spin, and none goes on",
 }
 
 
 @pytest.fixture(params=["forward", "reverse", "shuffled"])
 def run_case(request, emulated_library):
     """A function that runs a kernel of emulation/faults.cpp and returns its output and the error, "" if none."""
+    if request.config.getoption("--fastconv-sanitizer"):
+        pytest.skip("a sanitizer would end the process: see test_sanitizers.py")
     order = ("forward", "reverse", "shuffled").index(request.param)
     emulated_library.fastconv_emulation_run_case.restype = ctypes.c_char_p
     emulated_library.fastconv_emulation_set_order(order, ctypes.c_uint(7))
@@ -46,6 +50,28 @@ def test_a_missing_barrier_shows(run_case):
     assert not error and out.isnan().any()
 
 
+def test_a_race_shows_in_another_order(run_case, request):
+    out, error = run_case("race_in_order")
+    right = torch.equal(out, (torch.arange(64) // 2).float())
+    assert not error and right == ("forward" in request.node.callspec.params.values())
+
+
+def test_too_much_shared_memory_is_reported(run_case):
+    assert run_case("too_much_shared_memory")[1] == "too much shared memory"
+
+
+def test_what_no_kernel_wrote_is_nan(emulated_library):
+    x = torch.zeros(64)
+    for _ in range(3):
+        torch.zeros(64)  # leaves zeros where the next tensor may be
+        assert torch.ops.fastconv_emulated.unwritten_output(x).isnan().all()
+
+
+def test_a_spin_wait_lets_others_run(run_case):
+    out, error = run_case("spin")
+    assert not error and out[:2].tolist() == [5, 5]
+
+
 def test_masked_shuffles(run_case):
     out, error = run_case("halves")
     lanes = torch.arange(16.0)
@@ -56,3 +82,9 @@ def test_masked_shuffles(run_case):
 def test_reductions(run_case):
     out, error = run_case("sum")
     assert not error and torch.equal(out, torch.full((64,), sum(range(64)) + 32e4 + 5e6))
+
+
+def test_integer_reductions_and_matches(run_case):
+    out, error = run_case("reduce")
+    # Of lane 3 in the second warp: lanes 0 … 31 or 0 … 15, the odd ones negative where the sign counts.
+    assert not error and out[:10].tolist() == [sum(range(32)), -8, -31, 15, 32, 0b1111, 0, 5, 11, 0]

@@ -68,10 +68,10 @@ __device__ __forceinline__ void cp_async_wait() {
     __trap();
 }
 
-// 9.7.14.5.15, ldmatrix: loads one, two or four 8 × 8 matrices of 16-bit elements, by a warp. The row i of the matrix m
-// is the 16 bytes at the address that lane 8m + i gives, a multiple of 16. Lane l gets in r[m] the elements (l / 4, l %
-// 4 · 2) and (l / 4, l % 4 · 2 + 1), the first in the low half; transposed, the elements (l % 4 · 2, l / 4) and (l % 4
-// · 2 + 1, l / 4). From sm_80 on, the addresses of lanes beyond the last row are not read. sm_75.
+// 9.7.14.5.15, ldmatrix: loads one, two or four 8 × 8 matrices of 16-bit elements, by a warp. Row i of matrix m is the
+// 16 bytes at the address that lane 8m + i gives, a multiple of 16. Lane l, with g = l / 4 and t = l % 4, gets in r[m]
+// the elements (g, 2t) and (g, 2t + 1), the first in the low half; transposed, (2t, g) and (2t + 1, g). From sm_80 on,
+// the addresses of lanes beyond the last row are not read. sm_75.
 
 __device__ __forceinline__ void ldmatrix_x1(uint32_t (&r)[1], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];"

@@ -2,9 +2,6 @@
 
 #include <stdexcept>
 
-// In torch 2.13 and newer: the text of the exception behind an error code.
-extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
-
 namespace fastconv::ops {
 namespace {
 
@@ -71,22 +68,7 @@ Tensor in_layout(const Tensor& tensor, Layout layout) {
 Tensor empty(const Sizes& sizes, Layout layout, ScalarType dtype, const Tensor& like) {
   Sizes strides(sizes.size());
   for_each_dense_stride(sizes, layout, [&](int dim, int64_t stride) { strides[size_t(dim)] = stride; });
-  int32_t device_type;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  const int32_t dtype_code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-  AtenTensorHandle handle = nullptr;
-  if (aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype_code, device_type,
-                               like.get_device_index(), &handle) != TORCH_SUCCESS) {
-    if (torch_exception_get_what_without_backtrace)
-      throw std::runtime_error(torch_exception_get_what_without_backtrace());
-    int64_t bytes = aoti_torch_dtype_element_size(dtype_code);
-    for (int64_t size : sizes) bytes *= size;
-    throw std::runtime_error(like.is_cuda()
-                                 ? "CUDA out of memory. Tried to allocate " + std::to_string(bytes) + " bytes"
-                                 : "DefaultCPUAllocator: can't allocate memory: you tried to allocate " +
-                                       std::to_string(bytes) + " bytes.");
-  }
-  return Tensor(handle);
+  return allocate(sizes, strides, dtype, like);
 }
 
 Tensor empty_bytes(int64_t bytes, const Tensor& like) { return empty({bytes}, Layout::NCHW, ScalarType::Byte, like); }

@@ -24,9 +24,11 @@ ScalarType statistics_type(DType dtype);  // float64 for float64, float32 otherw
 // Tensors of 4 (5) dimensions are channels_last (channels_last_3d) in NHWC.
 Tensor in_layout(const Tensor& tensor, Layout layout);
 
-// A dense, uninitialized tensor on the device of `like`; every allocation of the library goes through here.
-// Failing to allocate throws torch's own text.
-Tensor empty(const Sizes& sizes, Layout layout, ScalarType dtype, const Tensor& like);
+// An uninitialized tensor on the device of `like`; every allocation of the library goes through here. Failing to
+// allocate throws torch's own text.
+Tensor allocate(const Sizes& sizes, const Sizes& strides, ScalarType dtype, const Tensor& like);
+
+Tensor empty(const Sizes& sizes, Layout layout, ScalarType dtype, const Tensor& like);  // dense
 Tensor empty_bytes(int64_t bytes, const Tensor& like);
 
 Tensor convert(const Tensor& tensor, ScalarType dtype);  // dense, in this dtype; the tensor itself if it is both

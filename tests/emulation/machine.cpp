@@ -5,7 +5,7 @@
 #include <numeric>
 #include <random>
 
-#include "state.h"
+#include "sanitizer.h"
 
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
@@ -19,6 +19,7 @@ namespace {
 // The limits of sm_80 (CUDA C++ Programming Guide, Compute Capabilities).
 constexpr unsigned max_block_z = 64, max_grid_yz = 65535, max_grid_x = 0x7fffffff;
 constexpr size_t max_shared_bytes = 163 * 1024;
+constexpr int max_idle_rounds = 10000;  // in which every thread that runs yields
 
 thread_local std::string message;
 
@@ -44,17 +45,32 @@ struct Permutation {
 void run_block(std::mt19937& random) {
   machine.waiting_in_block = machine.done = 0;
   for (NamedBarrier& barrier : machine.barriers) barrier = {};
-  for (int i = 0; i < machine.threads; ++i) machine.fibers[i].state = State::ready;
+  for (unsigned i = 0; i < unsigned(machine.threads); ++i) {
+    Fiber& fiber = machine.fibers[i];
+    if (!fiber.stack) create(fiber);
+    fiber.state = State::ready;
+    fiber.thread = {i % blockDim.x, i / blockDim.x % blockDim.y, i / (blockDim.x * blockDim.y)};
+    sanitizer::name(fiber);
+  }
+  sanitizer::begin_block();
+  int idle_rounds = 0;
   while (machine.done < machine.threads && !machine.failed) {
-    bool progress = false;
+    bool ran = false, progress = false;
     Permutation order(machine.threads, random);
     for (int i = 0; i < machine.threads && !machine.failed; ++i) {
       Fiber& fiber = machine.fibers[order.next()];
       if (fiber.state != State::ready) continue;
-      progress = true;
+      ran = true;
+      fiber.yielded = false;
       switch_to(fiber);
+      progress = progress || !fiber.yielded;
     }
-    if (!progress && !machine.failed) report_divergence();
+    idle_rounds = progress ? 0 : idle_rounds + 1;
+    if (machine.failed) return;
+    if (!ran) report_divergence();
+    if (idle_rounds == max_idle_rounds)
+      set_failure("kernel " + std::string(machine.kernel) + ", block " + name_of(blockIdx) +
+                  ": its threads spin, and none goes on");
   }
 }
 
@@ -108,13 +124,12 @@ const char* run_grid(const char* kernel, dim3 grid, dim3 block, size_t shared_by
   machine.threads = int(threads);
   machine.failed = false;
   machine.current = &machine.scheduler;
-  for (unsigned i = 0; i < threads; ++i) {
-    if (!machine.fibers[i].stack) make_stack(machine.fibers[i]);
-    machine.fibers[i].thread = {i % block.x, i / block.x % block.y, i / (block.x * block.y)};
-  }
+  const int sets = sanitizer::sets(machine.threads);
+  if (machine.pool.size() < sets * threads) machine.pool.resize(sets * threads);
   blockDim = block;
   gridDim = grid;
 
+  sanitizer::begin_launch();
   new_shared_memory(shared_bytes);
   std::mt19937 random(machine.seed);
   const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
@@ -122,16 +137,18 @@ const char* run_grid(const char* kernel, dim3 grid, dim3 block, size_t shared_by
   for (uint64_t i = 0; i < blocks && !machine.failed; ++i) {
     const uint64_t b = order.next();
     blockIdx = {unsigned(b % grid.x), unsigned(b / grid.x % grid.y), unsigned(b / grid.x / grid.y)};
-    fill_shared_memory();
+    machine.fibers = &machine.pool[i % sets * threads];
+    renew_shared_memory();
     run_block(random);
     if (!machine.failed && !shared_memory_guards_intact())
       set_failure("kernel " + std::string(kernel) + ", block " + name_of(blockIdx) +
                   ": wrote outside of its shared memory");
   }
   free_shared_memory();
+  sanitizer::end_launch();
   if (!machine.failed) return nullptr;
-  for (Fiber& fiber : machine.fibers) fiber.has_context = false;  // some are left in the midst of the kernel
-  forget_copies();
+  for (Fiber& fiber : machine.pool)  // some are left in the midst of the kernel
+    if (fiber.stack) destroy(fiber);
   return message.c_str();
 }
 

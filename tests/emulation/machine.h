@@ -28,6 +28,11 @@ uint32_t present_lanes(uint32_t mask);  // without those beyond the end of the b
 // Waits until all threads of the block wait at the same place. Returns how many predicates are true.
 int block_barrier(const char* what, const Where& where, bool predicate);
 
+// Lets other threads run first. A block whose threads do nothing but yield ends the launch with an error.
+void yield();
+void fence_block();
+void fence_grid();
+
 // The lanes of a warp that do something together.
 struct Lanes {
   const char* what;

@@ -1,18 +1,18 @@
 // The shared memory of the block that runs, with guards on either side.
+#include <sys/mman.h>
+
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 
-#include "state.h"
-
-#if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/asan_interface.h>
-#endif
+#include "sanitizer.h"
 
 namespace emulation {
 namespace {
 
 constexpr size_t guard_bytes = 256;  // on either side
 constexpr unsigned char guard_byte = 0xa5;
+constexpr size_t page_bytes = 4096;
 
 unsigned char* arena;
 size_t arena_bytes, shared_bytes;
@@ -21,32 +21,34 @@ size_t arena_bytes, shared_bytes;
 
 void new_shared_memory(size_t bytes) {
   shared_bytes = bytes;
-  arena_bytes = (guard_bytes + bytes + guard_bytes + 127) / 128 * 128;
-  arena = static_cast<unsigned char*>(std::aligned_alloc(128, arena_bytes));
-  memset(arena, guard_byte, arena_bytes);
+  arena_bytes = (guard_bytes + bytes + guard_bytes + page_bytes - 1) / page_bytes * page_bytes;
+  void* pages = mmap(nullptr, arena_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (pages == MAP_FAILED) {
+    perror("emulation: mmap");
+    abort();
+  }
+  arena = static_cast<unsigned char*>(pages);
   machine.shared = arena + guard_bytes;
-#if defined(__SANITIZE_ADDRESS__)
-  ASAN_POISON_MEMORY_REGION(arena, guard_bytes);
-  ASAN_POISON_MEMORY_REGION(machine.shared + shared_bytes, guard_bytes);
-#endif
 }
 
 void free_shared_memory() {
-#if defined(__SANITIZE_ADDRESS__)
-  ASAN_UNPOISON_MEMORY_REGION(arena, arena_bytes);
-#endif
-  std::free(arena);
+  sanitizer::unpoison(arena, arena_bytes);
+  munmap(arena, arena_bytes);
 }
 
-void fill_shared_memory() { memset(machine.shared, 0xff, shared_bytes); }  // a NaN in every floating-point type
+void renew_shared_memory() {
+  sanitizer::unpoison(arena, arena_bytes);
+  sanitizer::renew(arena, arena_bytes);
+  memset(arena, guard_byte, arena_bytes);
+  memset(machine.shared, 0xff, shared_bytes);  // a NaN in every floating-point type
+  sanitizer::poison(arena, guard_bytes);
+  sanitizer::poison(machine.shared + shared_bytes, guard_bytes);
+}
 
-// ASan sees a stray access itself, at the place where it happens.
 bool shared_memory_guards_intact() {
-#if !defined(__SANITIZE_ADDRESS__)
   const unsigned char *before = machine.shared - guard_bytes, *after = machine.shared + shared_bytes;
   for (size_t i = 0; i < guard_bytes; ++i)
     if (before[i] != guard_byte || after[i] != guard_byte) return false;
-#endif
   return true;
 }
 

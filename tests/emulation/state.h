@@ -30,14 +30,30 @@ struct Wait {
   const NamedBarrier* barrier = nullptr;
 };
 
+// See copies.cpp.
+struct Copy {
+  unsigned char* destination;
+  unsigned char data[16];
+  int bytes;
+  int group;
+  const char* what;
+  Where where;
+};
+
 struct Fiber {
   void* registers[5];  // where it goes on: __builtin_setjmp's frame pointer, address and stack pointer
   char* stack = nullptr;
   bool has_context = false;  // false: it starts anew when it is resumed
   State state = State::ready;
+  bool yielded = false;
   uint3 thread;
   Wait wait;
-  void* asan_stack = nullptr;
+  std::vector<Copy> copies;  // held back
+  int copy_groups = 0;       // that were committed
+  void* sanitizer_context = nullptr;
+  // What the sanitizer is told to order: a warp's collective, by what each lane brings and takes; and in the first
+  // fiber, the block's fence and its barriers, two in turns since some come to the next while others have yet to leave.
+  char arrived, passed, fence, barriers[2];
 };
 
 struct Machine {
@@ -46,7 +62,8 @@ struct Machine {
   unsigned seed = 0;
   uint64_t switches = 0;
 
-  std::vector<Fiber> fibers{max_block_threads};  // pooled: those of a block are the first of them
+  std::vector<Fiber> pool;
+  Fiber* fibers;  // of the block that runs
   Fiber scheduler;
   Fiber* current = nullptr;
   bool failed = false;
@@ -62,23 +79,29 @@ struct Machine {
   bool meets;
   Wait meeting;
   NamedBarrier barriers[16];
-  unsigned char* shared = nullptr;
+  unsigned barriers_passed;
+  unsigned char* shared;
+  char begin, end, fence;  // of the launch and of the grid, for the sanitizer to order
 };
 extern Machine machine;
 
-inline int index_of(const Fiber& fiber) { return int(&fiber - machine.fibers.data()); }
+inline int index_of(const Fiber& fiber) { return int(&fiber - machine.fibers); }
 
 // fiber.cpp
-void make_stack(Fiber& fiber);
+constexpr size_t stack_bytes = 256 * 1024;  // only the pages that are touched take memory
+void create(Fiber& fiber);
+void destroy(Fiber& fiber);
 void switch_to(Fiber& to);  // from the one that runs
 
 // waits.cpp
 void wait_for(const Wait& wait);
 void report_divergence();  // when nobody can go on
 
-// ptx_copy.cpp
-void forget_copies();      // of a launch that failed
-void check_copies_done();  // of the thread that exits
+// copies.cpp
+void hold_back(const Copy& copy);
+void commit_copies();
+void complete_copies(int n, void (*apply)(const Copy&));  // but for the n latest groups
+void check_copies_done();                                 // of the thread that exits
 
 // machine.cpp
 void set_failure(const std::string& text);
@@ -88,7 +111,7 @@ std::string name_of(uint3 index);
 // shared.cpp
 void new_shared_memory(size_t bytes);
 void free_shared_memory();
-void fill_shared_memory();           // with NaN
+void renew_shared_memory();          // filled with NaN
 bool shared_memory_guards_intact();  // whether nothing was written past its ends
 
 }  // namespace emulation

@@ -3,7 +3,7 @@
 #include <cstdio>
 #include <cstring>
 
-#include "state.h"
+#include "sanitizer.h"
 
 namespace emulation {
 namespace {
@@ -38,6 +38,7 @@ void arrive_at_block_barrier(const Wait& arrived) {
   machine.result = machine.votes;
   for (int i = 0; i < machine.threads; ++i) machine.fibers[i].state = State::ready;
   machine.waiting_in_block = 0;
+  ++machine.barriers_passed;
 }
 
 // Releases the lanes of the mask if all of them wait, at the same place, with what they have computed together.
@@ -49,8 +50,12 @@ void arrive_in_warp(const Wait& arrived) {
     if (fibers[i].state != State::waiting || !same_place(fibers[i].wait, arrived)) return;
     lanes.operands[i] = fibers[i].wait.operands;
   }
+  lanes.each([&](int i) { sanitizer::acquire(&fibers[i].arrived); });
   if (arrived.collective) arrived.collective(lanes);
-  lanes.each([&](int i) { fibers[i].state = State::ready; });
+  lanes.each([&](int i) {
+    sanitizer::release(&fibers[i].passed);
+    fibers[i].state = State::ready;
+  });
 }
 
 }  // namespace
@@ -67,13 +72,33 @@ void wait_for(const Wait& wait) {
 }
 
 int block_barrier(const char* what, const Where& where, bool predicate) {
+  const char* barrier = &machine.fibers->barriers[machine.barriers_passed % 2];
+  sanitizer::release(barrier);
   wait_for({what, where, true, ~0u, predicate, nullptr, nullptr});
+  sanitizer::acquire(barrier);
   return machine.result;
 }
 
 void warp_collective(const char* what, const Where& where, uint32_t mask, void* operands, Collective collective) {
   if (!(mask >> lane() & 1)) fail(where, "%s of mask 0x%08x, which this lane is not in", what, mask);
+  Fiber& self = *machine.current;
+  sanitizer::release(&self.arrived);
   wait_for({what, where, false, mask, false, operands, collective});
+  sanitizer::acquire(&self.passed);
+}
+
+void yield() {
+  machine.current->yielded = true;
+  switch_to(machine.scheduler);
+}
+
+void fence_block() {
+  sanitizer::release(&machine.fibers->fence);
+  sanitizer::acquire(&machine.fibers->fence);
+}
+void fence_grid() {
+  sanitizer::release(&machine.fence);
+  sanitizer::acquire(&machine.fence);
 }
 
 void whole_warp(const char* what, const Where& where, void* operands, Collective collective) {
