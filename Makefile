@@ -1,7 +1,8 @@
 # make bench   environment, build, and the quick benchmark
 # make test    environment, build, and the tests
+# make test-emulated   the emulated CUDA kernels in other orders and under sanitizers; FULL=1 for all tests in all of them
 # make gpu-check PYTHON=python   on a machine with a GPU, with libraries that were built elsewhere: tests/gpu_check.py
-# The first two make a .venv of their own; `make bench PYTHON=python` uses that Python's environment instead and
+# The first three make a .venv of their own; `make bench PYTHON=python` uses that Python's environment instead and
 # installs nothing.
 
 TORCH := torch==2.13.0
@@ -22,7 +23,7 @@ ENVIRONMENT := .venv/ready
 endif
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: bench test build lint format cuda-check gpu-check check-machine check-environment clean
+.PHONY: bench test test-emulated build lint format cuda-check gpu-check check-machine check-environment clean
 
 bench: build
 	$(PYTHON) benchmarks/run.py --quick
@@ -30,6 +31,24 @@ bench: build
 test: build
 	$(PYTHON) setup.py --quiet build_ext --inplace --emulated
 	$(PYTHON) -m pytest -q tests
+
+# A stage is a sanitizer and an order of threads. `make test` has run plain-forward already.
+STAGES := plain-reverse plain-shuffled address-forward thread-shuffled
+EMULATED_TESTS := emulated and (test_algorithms or test_medium or test_dtypes or test_values or test_forward_backward)
+ifdef FULL
+STAGES := $(foreach sanitizer,plain address thread,$(addprefix $(sanitizer)-,forward reverse shuffled))
+EMULATED_TESTS := emulated
+endif
+
+test-emulated: build
+	$(PYTHON) setup.py --quiet build_ext --inplace --emulated --sanitizers address,thread
+	$(MAKE) --no-print-directory --jobs=2 --output-sync $(addprefix emulated-,$(STAGES))
+
+emulated-%:
+	@start=$$(date +%s); echo "$@"; \
+	$(PYTHON) -m pytest -q tests -k "$(EMULATED_TESTS)" --fastconv-order $(word 2,$(subst -, ,$*)) \
+	  $(addprefix --fastconv-sanitizer ,$(filter-out plain,$(word 1,$(subst -, ,$*)))); \
+	status=$$?; echo "$@: $$(($$(date +%s) - start)) s"; exit $$status
 
 build: $(ENVIRONMENT)
 	$(PYTHON) setup.py --quiet build_ext --inplace

@@ -88,3 +88,8 @@ def test_integer_reductions_and_matches(run_case):
     out, error = run_case("reduce")
     # Of lane 3 in the second warp: lanes 0 … 31 or 0 … 15, the odd ones negative where the sign counts.
     assert not error and out[:10].tolist() == [sum(range(32)), -8, -31, 15, 32, 0b1111, 0, 5, 11, 0]
+
+
+def test_pairs_round_to_nearest_even(run_case):
+    out, error = run_case("pairs")
+    assert not error and out[:4].tolist() == [1, torch.inf, 1 + 4 / 256, -1]

@@ -171,6 +171,12 @@ __global__ void reduce(float* out) {
     if (threadIdx.x == 35) out[i] = results[i];
 }
 
+__global__ void pairs(float* out) {
+  const float2 h = __half22float2(__float22half2_rn({1 + 1.f / 2048, 70000}));
+  const float2 b = __bfloat1622float2(__float22bfloat162_rn({1 + 3.f / 256, -1 - 1.f / 256}));
+  if (threadIdx.x == 0) out[0] = h.x, out[1] = h.y, out[2] = b.x, out[3] = b.y;
+}
+
 struct Case {
   const char* name;
   void (*kernel)(float*);
@@ -203,7 +209,8 @@ constexpr Case cases[] = {FASTCONV_CASE(exit_before_barrier),
                           FASTCONV_CASE(spin),
                           FASTCONV_CASE(halves),
                           FASTCONV_CASE(sum),
-                          FASTCONV_CASE(reduce)};
+                          FASTCONV_CASE(reduce),
+                          FASTCONV_CASE(pairs)};
 
 }  // namespace
 }  // namespace fastconv::cuda

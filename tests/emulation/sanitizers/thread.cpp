@@ -16,7 +16,7 @@
 namespace emulation::sanitizer {
 namespace {
 
-constexpr int kept_fibers = 1024;
+constexpr int kept_fibers = 512;
 
 }  // namespace
 
