@@ -10,6 +10,7 @@ from .functional import batch_norm, conv2d, max_pool2d
 from .modules import BatchNorm2d, Conv2d, MaxPool2d
 from .planning import Plan, algorithms, plan
 from .swap import convert, coverage, revert
+from .sync_batch_norm import SyncBatchNorm, convert_sync_batchnorm
 
 __version__ = "0.1.0"
 
@@ -18,10 +19,12 @@ __all__ = [
     "Conv2d",
     "MaxPool2d",
     "Plan",
+    "SyncBatchNorm",
     "algorithms",
     "batch_norm",
     "conv2d",
     "convert",
+    "convert_sync_batchnorm",
     "coverage",
     "max_pool2d",
     "plan",

@@ -19,6 +19,9 @@ OPS = (
     "batch_norm_train",
     "batch_norm_eval",
     "batch_norm_backward",
+    "batch_norm_moments",
+    "batch_norm_backward_sums",
+    "batch_norm_backward_apply",
 )
 LIBRARY = Path(__file__).with_name("libfastconv.so")
 
