@@ -422,7 +422,9 @@ def test_weight_and_spectral_norm_before_and_after_conversion(norm, order):
     assert isinstance(ours, fastconv.Conv2d)
     assert list(ours.state_dict()) == list(theirs.state_dict())
     assert_close(train(ours, x), train(theirs, x))
-    ours.eval(), theirs.eval()
+    for layer in (ours, theirs):
+        torch.optim.SGD(layer.parameters(), lr=0.01).step()
+        layer.eval()
     assert_close(ours(x), theirs(x))
 
 
@@ -456,6 +458,7 @@ def test_fusing_a_convolution_with_its_batch_norm(bias):
 
 def test_pruning():
     theirs, ours, x = conv_pair()
+    assert_close(ours(x), theirs(x))
     for layer in (theirs, ours):
         prune.l1_unstructured(layer, "weight", 0.5)
         prune.ln_structured(layer, "weight", 1, n=2, dim=0)
