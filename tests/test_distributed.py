@@ -272,7 +272,7 @@ def test_the_ops_on_parts_of_a_batch_equal_the_whole(backend, dtype, layout):
     nhwc = layout is torch.channels_last
     split = [(4, 1, 130, 130), (20, 64, 9, 7)] if dtype is torch.float32 else []  # in pieces, on either backend
     for size in ((6, 3, 5, 7), (5, 70, 3, 1), (9, 4, 30, 31), *split):
-        x, dy = (torch.randn(size).to(dtype).contiguous(memory_format=layout) for _ in range(2))
+        x, dy = ((torch.randn(size) + 2).to(dtype).contiguous(memory_format=layout) for _ in range(2))
         weight, mean, var = torch.rand(size[1]) + 0.5, torch.zeros(size[1]), torch.ones(size[1])
         statistics = torch.float64 if dtype is torch.float64 else torch.float32
         weight, mean, var = (t.to(statistics) for t in (weight, mean, var))
