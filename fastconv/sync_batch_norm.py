@@ -120,7 +120,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         process_group=None,
         device=None,
         dtype=None,
-        **bias,  # which torch's layers know from 2.12 on
+        **bias,  # bias=False, where this torch's BatchNorm takes it
     ):
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **bias)
         self.process_group = process_group
