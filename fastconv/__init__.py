@@ -5,11 +5,12 @@ model = fastconv.convert(model)                         # swap a model's layers 
 print(fastconv.plan(x, w, padding=1))                   # which kernel, and why
 """
 
-from . import _fake, _vmap, transforms  # noqa: F401  (register fake kernels, vmap rules, jvps)
+from . import _fake, _flops, _vmap, transforms  # noqa: F401  (register fake kernels, FLOPs, vmap rules, jvps)
 from .functional import batch_norm, conv2d, max_pool2d
 from .modules import BatchNorm2d, Conv2d, MaxPool2d
 from .planning import Plan, algorithms, plan
 from .swap import convert, coverage, revert
+from .sync_batch_norm import SyncBatchNorm, convert_sync_batchnorm
 
 __version__ = "0.1.0"
 
@@ -18,10 +19,12 @@ __all__ = [
     "Conv2d",
     "MaxPool2d",
     "Plan",
+    "SyncBatchNorm",
     "algorithms",
     "batch_norm",
     "conv2d",
     "convert",
+    "convert_sync_batchnorm",
     "coverage",
     "max_pool2d",
     "plan",

@@ -20,6 +20,9 @@ OPS = (
     "batch_norm_train",
     "batch_norm_eval",
     "batch_norm_backward",
+    "batch_norm_moments",
+    "batch_norm_backward_sums",
+    "batch_norm_backward_apply",
 )
 LIBRARY = Path(__file__).with_name("libfastconv.so")
 # stride, padding, dilation, groups, channels_last, allow_tf32, algo: the schema's defaults, as functions and as layers

@@ -127,6 +127,26 @@ def _batch_norm_backward(info, in_dims, dy, x, weight, mean, invstd, *rest):
     return (dx.unflatten(1, (batch, -1)), dweight.view(batch, -1), dbias.view(batch, -1)), (1, 0, 0)
 
 
+def _batch_norm_moments(info, in_dims, x, channels_last):
+    x = _into(x, 1, in_dims[0], info.batch_size)
+    return _ops.batch_norm_moments(x, channels_last).unflatten(1, (info.batch_size, -1)), 1
+
+
+def _batch_norm_backward_sums(info, in_dims, dy, x, mean, invstd, channels_last):
+    batch = info.batch_size
+    dy, x = _into(dy, 1, in_dims[0], batch), _into(x, 1, in_dims[1], batch)
+    mean, invstd = _into(mean, 0, in_dims[2], batch), _into(invstd, 0, in_dims[3], batch)
+    return _ops.batch_norm_backward_sums(dy, x, mean, invstd, channels_last).unflatten(1, (batch, -1)), 1
+
+
+def _batch_norm_backward_apply(info, in_dims, dy, x, weight, mean, invstd, means, channels_last):
+    batch = info.batch_size
+    dy, x, means = (_into(t, 1, d, batch) for t, d in zip((dy, x, means), (*in_dims[:2], in_dims[5]), strict=True))
+    channels = [_into(t, 0, d, batch) for t, d in zip((weight, mean, invstd), in_dims[2:5], strict=True)]
+    dx = _ops.batch_norm_backward_apply(dy, x, *channels, means, channels_last)
+    return dx.unflatten(1, (batch, -1)), 1
+
+
 def register(namespace):
     for name in _ops.OPS:
         torch.library.register_vmap(f"{namespace}::{name}", globals()[f"_{name}"])

@@ -303,7 +303,16 @@ def register(namespace):
     torch.library.register_autograd(f"{namespace}::conv2d_fprop", conv2d_grad, setup_context=conv2d_setup)
     torch.library.register_autograd(f"{namespace}::max_pool2d_forward", max_pool2d_grad, setup_context=max_pool2d_setup)
     torch.library.register_autograd(f"{namespace}::batch_norm_eval", batch_norm_grad, setup_context=batch_norm_setup)
-    for name in ("conv2d_dgrad", "conv2d_wgrad", "max_pool2d_backward", "max_pool2d_gather", "batch_norm_backward"):
+    for name in (
+        "conv2d_dgrad",
+        "conv2d_wgrad",
+        "max_pool2d_backward",
+        "max_pool2d_gather",
+        "batch_norm_backward",
+        "batch_norm_moments",
+        "batch_norm_backward_sums",
+        "batch_norm_backward_apply",
+    ):
         torch.library.register_autograd(f"{namespace}::{name}", unsupported(name))
 
     # register_autograd takes no op that writes to its inputs, so this one gets a kernel that raises.

@@ -6,6 +6,7 @@ Parameters, state_dict, repr, pickling, padding modes and 'same' padding are inh
 from torch import nn
 
 from . import functional
+from .sync_batch_norm import SyncBatchNorm
 
 
 class Conv2d(nn.Conv2d):
@@ -52,4 +53,4 @@ class BatchNorm2d(nn.BatchNorm2d):
         )
 
 
-SWAPS = {nn.Conv2d: Conv2d, nn.MaxPool2d: MaxPool2d, nn.BatchNorm2d: BatchNorm2d}
+SWAPS = {nn.Conv2d: Conv2d, nn.MaxPool2d: MaxPool2d, nn.BatchNorm2d: BatchNorm2d, nn.SyncBatchNorm: SyncBatchNorm}

@@ -34,6 +34,9 @@ def op_arguments(nhwc):
         "batch_norm_train": (xd, mean.clone(), var.clone(), mean, var, 0.1, 1e-5, nhwc),
         "batch_norm_eval": (x, mean.clone(), var.clone(), mean, var, 1e-5, nhwc),
         "batch_norm_backward": (xd, xd, var.clone(), mean, var, True, nhwc),
+        "batch_norm_moments": (xd, nhwc),
+        "batch_norm_backward_sums": (xd, xd, mean, var, nhwc),
+        "batch_norm_backward_apply": (xd, xd, var.clone(), mean, var, torch.zeros(2, 4), nhwc),
     }
 
 

@@ -132,12 +132,10 @@ void for_each_piece(const Pieces& pieces, const Parallel& parallel, const Rows& 
   });
 }
 
+// The mean and m2 of every piece of every channel.
 template <typename T>
-void train_split(const BatchNormProblem& p, const BatchNormPlan& plan, const T* x, T* y,
-                 const Channels<acc_t<T>>& channels, void* memory, const Parallel& parallel) {
-  const Workspace<acc_t<T>> workspace(memory, p, plan);
-  const Pieces pieces(p, plan);
-  acc_t<T>*scale = workspace.coefficient(0), *shift = workspace.coefficient(1);
+void gather_moments(const BatchNormProblem& p, const Pieces& pieces, const T* x, const Workspace<acc_t<T>>& workspace,
+                    const Parallel& parallel) {
   const int64_t C = p.C, stride = p.C * p.L;
   for_each_piece(
       pieces, parallel,
@@ -150,18 +148,34 @@ void train_split(const BatchNormProblem& p, const BatchNormPlan& plan, const T* 
         workspace.first(s)[c] = moments.mean;
         workspace.second(s)[c] = moments.m2;
       });
-  for_each_task(parallel, ceil_div(C, finish_channels), [&](int, int64_t task) {
-    const int64_t begin = task * finish_channels, n = min_of(finish_channels, C - begin);
+}
+
+// Calls f(c, moments) for every channel, with those of its pieces merged.
+template <typename S, typename F>
+void for_each_merged(const Pieces& pieces, const Workspace<S>& workspace, const Parallel& parallel, const F& f) {
+  for_each_task(parallel, ceil_div(pieces.C, finish_channels), [&](int, int64_t task) {
+    const int64_t begin = task * finish_channels, n = min_of(finish_channels, pieces.C - begin);
     Moments moments[finish_channels] = {};
-    for (int64_t s = 0; s < plan.split; ++s)
+    for (int64_t s = 0; s < pieces.split; ++s)
       if (const double count = double(pieces.count(s)))
         for (int64_t i = 0; i < n; ++i)
           merge(moments[i], count, workspace.first(s)[begin + i], workspace.second(s)[begin + i]);
-    for (int64_t i = 0; i < n; ++i) {
-      const Affine<acc_t<T>> a = finish(channels, begin + i, moments[i]);
-      scale[begin + i] = a.scale;
-      shift[begin + i] = a.shift;
-    }
+    for (int64_t i = 0; i < n; ++i) f(begin + i, moments[i]);
+  });
+}
+
+template <typename T>
+void train_split(const BatchNormProblem& p, const BatchNormPlan& plan, const T* x, T* y,
+                 const Channels<acc_t<T>>& channels, void* memory, const Parallel& parallel) {
+  const Workspace<acc_t<T>> workspace(memory, p, plan);
+  const Pieces pieces(p, plan);
+  acc_t<T>*scale = workspace.coefficient(0), *shift = workspace.coefficient(1);
+  const int64_t C = p.C, stride = p.C * p.L;
+  gather_moments(p, pieces, x, workspace, parallel);
+  for_each_merged(pieces, workspace, parallel, [&](int64_t c, const Moments& moments) {
+    const Affine<acc_t<T>> a = finish(channels, c, moments);
+    scale[c] = a.scale;
+    shift[c] = a.shift;
   });
   for_each_piece(
       pieces, parallel,
@@ -232,29 +246,43 @@ void backward_split(const BatchNormProblem& p, const BatchNormPlan& plan, const 
       });
 }
 
-template <typename T>
-void eval_nchw(const BatchNormProblem& p, const T* x, T* y, const Parameters<acc_t<T>>& parameters,
-               const Parallel& parallel) {
-  // Units of a plane, or of a chunk of a long one.
+// In NCHW calls f(c, begin, chunk), the chunk in the plane that begins there: a whole plane, or a part of a long one.
+template <typename F>
+void for_each_unit(const BatchNormProblem& p, const Parallel& parallel, const F& f) {
   const int64_t a_plane = ceil_div(p.L, chunk_elements), units = p.N * p.C * a_plane;
   const int64_t units_per_task = ceil_div(eval_elements, min_of(p.L, chunk_elements));
   for_each_task(parallel, ceil_div(units, units_per_task), [&](int, int64_t task) {
     for (int64_t i = task * units_per_task; i < min_of((task + 1) * units_per_task, units); ++i) {
-      const int64_t plane = i / a_plane, c = plane % p.C, begin = i % a_plane * chunk_elements;
-      const Affine<acc_t<T>> a = affine_of(parameters, c);
-      apply_chunk(x + plane * p.L, y + plane * p.L, 0, {0, 1, begin, min_of(begin + chunk_elements, p.L)}, a);
+      const int64_t plane = i / a_plane, begin = i % a_plane * chunk_elements;
+      f(plane % p.C, plane * p.L, Chunk{0, 1, begin, min_of(begin + chunk_elements, p.L)});
     }
+  });
+}
+
+// In NHWC calls f(first, n, row, rows) for some rows of n channels.
+template <typename F>
+void for_each_rows(const BatchNormProblem& p, const Parallel& parallel, const F& f) {
+  const int64_t C = p.C, blocks = ceil_div(C, wide_channels);
+  const int64_t rows_per_task = ceil_div(eval_elements, min_of(C, wide_channels));
+  for_each_task(parallel, ceil_div(p.count(), rows_per_task) * blocks, [&](int, int64_t task) {
+    const int64_t first = task % blocks * wide_channels, n = min_of(wide_channels, C - first);
+    const int64_t row = task / blocks * rows_per_task, rows = min_of(rows_per_task, p.count() - row);
+    f(first, n, row, rows);
+  });
+}
+
+template <typename T>
+void eval_nchw(const BatchNormProblem& p, const T* x, T* y, const Parameters<acc_t<T>>& parameters,
+               const Parallel& parallel) {
+  for_each_unit(p, parallel, [&](int64_t c, int64_t begin, const Chunk& chunk) {
+    apply_chunk(x + begin, y + begin, 0, chunk, affine_of(parameters, c));
   });
 }
 
 template <typename T>
 void eval_nhwc(const BatchNormProblem& p, const T* x, T* y, const Parameters<acc_t<T>>& parameters,
                const Parallel& parallel) {
-  const int64_t C = p.C, blocks = ceil_div(C, wide_channels);
-  const int64_t rows_per_task = ceil_div(eval_elements, min_of(C, wide_channels));
-  for_each_task(parallel, ceil_div(p.count(), rows_per_task) * blocks, [&](int, int64_t task) {
-    const int64_t first = task % blocks * wide_channels, n = min_of(wide_channels, C - first);
-    const int64_t row = task / blocks * rows_per_task, rows = min_of(rows_per_task, p.count() - row);
+  for_each_rows(p, parallel, [&](int64_t first, int64_t n, int64_t row, int64_t rows) {
     acc_t<T> center[wide_channels], scale[wide_channels], shift[wide_channels];
     for (int64_t i = 0; i < n; ++i) {
       const Affine<acc_t<T>> a = affine_of(parameters, first + i);
@@ -262,7 +290,33 @@ void eval_nhwc(const BatchNormProblem& p, const T* x, T* y, const Parameters<acc
       scale[i] = a.scale;
       shift[i] = a.shift;
     }
-    apply_rows(x + row * C + first, y + row * C + first, C, rows, n, center, scale, shift);
+    const int64_t begin = row * p.C + first;
+    apply_rows(x + begin, y + begin, p.C, rows, n, center, scale, shift);
+  });
+}
+
+template <typename T>
+void apply_gradients_nchw(const BatchNormProblem& p, const T* dy, const T* x, T* dx, const GradientMeans<acc_t<T>>& g,
+                          const Parallel& parallel) {
+  for_each_unit(p, parallel, [&](int64_t c, int64_t begin, const Chunk& chunk) {
+    apply_gradient(dy + begin, x + begin, dx + begin, 0, chunk, g.mean[c], g.invstd[c], backward_of(g, c));
+  });
+}
+
+template <typename T>
+void apply_gradients_nhwc(const BatchNormProblem& p, const T* dy, const T* x, T* dx, const GradientMeans<acc_t<T>>& g,
+                          const Parallel& parallel) {
+  for_each_rows(p, parallel, [&](int64_t first, int64_t n, int64_t row, int64_t rows) {
+    acc_t<T> dy_scale[wide_channels], x_scale[wide_channels], shift[wide_channels];
+    for (int64_t i = 0; i < n; ++i) {
+      const Backward<acc_t<T>> b = backward_of(g, first + i);
+      dy_scale[i] = b.dy_scale;
+      x_scale[i] = b.x_scale;
+      shift[i] = b.shift;
+    }
+    const int64_t begin = row * p.C + first;
+    apply_gradient_rows(dy + begin, x + begin, dx + begin, p.C, rows, n, g.mean + first, g.invstd + first, dy_scale,
+                        x_scale, shift);
   });
 }
 
@@ -316,11 +370,43 @@ void backward(const BatchNormProblem& p, const BatchNormPlan& plan, const void* 
   });
 }
 
+void moments(const BatchNormProblem& p, const BatchNormPlan& plan, const void* x, double* moments, void* memory,
+             const Parallel& parallel) {
+  if (p.x_elements() == 0) return;
+  double *mean = moments + p.C, *m2 = mean + p.C;
+  for (int64_t c = 0; c < p.C; ++c) moments[c] = double(p.count());
+  dispatch(p.dtype, [&](auto t) {
+    using T = decltype(t);
+    const Pieces pieces(p, plan);
+    // What is gathered of a single piece is what is asked for.
+    const Workspace<acc_t<T>> workspace(plan.split > 1 ? memory : mean, p, plan);
+    gather_moments(p, pieces, static_cast<const T*>(x), workspace, parallel);
+    if (plan.split == 1) return;
+    for_each_merged(pieces, workspace, parallel, [&](int64_t c, const Moments& merged) {
+      mean[c] = merged.mean;
+      m2[c] = merged.m2;
+    });
+  });
+}
+
+void apply_gradients(const BatchNormProblem& p, const BatchNormPlan&, const void* dy, const void* x, const void* weight,
+                     const void* mean, const void* invstd, const void* means, void* dx, const Parallel& parallel) {
+  if (p.x_elements() == 0) return;
+  dispatch(p.dtype, [&](auto t) {
+    using T = decltype(t);
+    const GradientMeans<acc_t<T>> g{in<T>(weight), in<T>(mean), in<T>(invstd), in<T>(means), in<T>(means) + p.C};
+    const T *dy_t = static_cast<const T*>(dy), *x_t = static_cast<const T*>(x);
+    T* dx_t = static_cast<T*>(dx);
+    if (is_nhwc(p)) return apply_gradients_nhwc(p, dy_t, x_t, dx_t, g, parallel);
+    apply_gradients_nchw(p, dy_t, x_t, dx_t, g, parallel);
+  });
+}
+
 }  // namespace
 
 namespace FASTCONV_ISA {
 extern const BatchNormKernels batch_norm;
-const BatchNormKernels batch_norm = {train, eval, backward};
+const BatchNormKernels batch_norm = {train, eval, backward, moments, apply_gradients};
 }  // namespace FASTCONV_ISA
 
 }  // namespace fastconv::cpu

@@ -105,6 +105,17 @@ Backward<S> finish(const Gradients<S>& g, int64_t c, double sum_dy, double sum_d
   return {S(scale), S(-scale * dweight / count), S(-scale * sum_dy / count)};
 }
 
+// What apply_gradients is given for each channel.
+template <typename S>
+struct GradientMeans {
+  const S *weight, *mean, *invstd, *mean_dy, *mean_dyx;
+};
+template <typename S>
+Backward<S> backward_of(const GradientMeans<S>& g, int64_t c) {
+  const double scale = double(g.weight ? g.weight[c] : 1) * g.invstd[c];
+  return {S(scale), S(-scale * g.mean_dyx[c]), S(-scale * g.mean_dy[c])};
+}
+
 template <typename T>
 FASTCONV_INLINE double sum_of(vec_t<T> v) {
   double sum = 0;

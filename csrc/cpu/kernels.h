@@ -59,6 +59,13 @@ struct BatchNormKernels {
   void (*backward)(const BatchNormProblem&, const BatchNormPlan&, const void* dy, const void* x, const void* weight,
                    const void* mean, const void* invstd, bool training, void* dx, void* dweight, void* dbias,
                    void* workspace, const Parallel&);
+  // moments: three rows of C float64 values, the count, the mean and Σ (x − mean)².
+  void (*moments)(const BatchNormProblem&, const BatchNormPlan&, const void* x, double* moments, void* workspace,
+                  const Parallel&);
+  // dx of training, where means has two rows of C values: ⟨dy⟩ and ⟨dy·x̂⟩, maybe over more than this dy and x.
+  void (*apply_gradients)(const BatchNormProblem&, const BatchNormPlan&, const void* dy, const void* x,
+                          const void* weight, const void* mean, const void* invstd, const void* means, void* dx,
+                          const Parallel&);
 };
 
 struct Kernels {

@@ -101,8 +101,16 @@ struct FinishMoments {
   const S *weight, *bias;
   S *running_mean, *running_var, *mean, *invstd, *shift;
   double momentum, eps;
+  double* moments;  // not null: rows of `channels` counts, means and m2 are asked for, and nothing else
+  int64_t channels;
 
   __device__ __forceinline__ void operator()(int64_t c, const Moments<double>& m) const {
+    if (moments) {
+      moments[c] = m.count;
+      moments[channels + c] = m.mean;
+      moments[2 * channels + c] = m.m2;
+      return;
+    }
     const double var = m.m2 / m.count, scale = 1 / sqrt(var + eps);
     mean[c] = S(m.mean);
     invstd[c] = S(scale);
@@ -333,6 +341,27 @@ Status merge(const BatchNormProblem& p, const BatchNormPlan& plan, const Value* 
 }
 
 template <typename T>
+Status gather(const BatchNormProblem& p, const BatchNormPlan& plan, const T* x, const FinishMoments<acc_t<T>>& finish,
+              Moments<double>* pieces, Stream stream) {
+  const Status status = choose_width<T>(p, {x}, [&](auto width, auto channels) {
+    const ChannelTiles tiles = tiles_of<width, channels>(p, plan.split);
+    return launch("batch_norm_gather", batch_norm_gather<T, width, channels>, grid_of<width, channels>(tiles),
+                  dim3(block_threads), sizeof(MomentsMemory<T, channels>), stream, tiles, x, finish, pieces);
+  });
+  return status.ok() ? merge(p, plan, pieces, finish, stream) : status;
+}
+
+template <typename T>
+Status apply_gradients(const BatchNormProblem& p, const T* dy, const T* x, const Gradient<acc_t<T>>& g, T* dx,
+                       Stream stream) {
+  return choose_width<T>(p, {dy, x, dx}, [&](auto width, auto channels) {
+    const ChannelTiles tiles = tiles_of<width, channels>(p, 0);
+    return launch("batch_norm_apply_gradients", batch_norm_apply_gradients<T, width, channels>,
+                  grid_of<width, channels>(tiles), dim3(block_threads), 0, stream, tiles, dy, x, g, dx);
+  });
+}
+
+template <typename T>
 Status apply(const BatchNormProblem& p, const T* x, const Affine<acc_t<T>>& affine, T* y, Stream stream) {
   return choose_width<T>(p, {x, y}, [&](auto width, auto channels) {
     const ChannelTiles tiles = tiles_of<width, channels>(p, 0);
@@ -360,14 +389,10 @@ Status batch_norm_train(const BatchNormProblem& p, const BatchNormPlan& plan, co
                                   static_cast<S*>(invstd),
                                   shift,
                                   momentum,
-                                  eps};
-    Status status = choose_width<T>(p, {x}, [&](auto width, auto channels) {
-      const ChannelTiles tiles = tiles_of<width, channels>(p, plan.split);
-      return launch("batch_norm_gather", batch_norm_gather<T, width, channels>, grid_of<width, channels>(tiles),
-                    dim3(block_threads), sizeof(MomentsMemory<T, channels>), stream, tiles, static_cast<const T*>(x),
-                    finish, pieces);
-    });
-    if (status.ok()) status = merge(p, plan, pieces, finish, stream);
+                                  eps,
+                                  nullptr,
+                                  p.C};
+    const Status status = gather(p, plan, static_cast<const T*>(x), finish, pieces, stream);
     if (!status.ok()) return status;
     const Affine<S> affine{finish.mean, finish.invstd, nullptr, finish.weight, shift, S(0)};
     return apply(p, static_cast<const T*>(x), affine, static_cast<T*>(y), stream);
@@ -410,11 +435,37 @@ Status batch_norm_backward(const BatchNormProblem& p, const BatchNormPlan& plan,
     if (status.ok()) status = merge(p, plan, pieces, finish, stream);
     if (!status.ok() || !dx) return status;
     if (!training) return apply(p, dy_t, {nullptr, g.invstd, nullptr, g.weight, nullptr, S(0)}, dx_t, stream);
-    return choose_width<T>(p, {dy, x, dx}, [&](auto width, auto channels) {
-      const ChannelTiles tiles = tiles_of<width, channels>(p, 0);
-      return launch("batch_norm_apply_gradients", batch_norm_apply_gradients<T, width, channels>,
-                    grid_of<width, channels>(tiles), dim3(block_threads), 0, stream, tiles, dy_t, x_t, g, dx_t);
-    });
+    return apply_gradients(p, dy_t, x_t, g, dx_t, stream);
+  });
+}
+
+Status batch_norm_moments(const BatchNormProblem& p, const BatchNormPlan& plan, const void* x, double* moments,
+                          void* workspace, Stream stream) {
+  if (p.x_elements() == 0) return {};
+  return dispatch(p.dtype, [&](auto t) {
+    using T = decltype(t);
+    FinishMoments<acc_t<T>> finish{};
+    finish.moments = moments;
+    finish.channels = p.C;
+    return gather(p, plan, static_cast<const T*>(x), finish, static_cast<Moments<double>*>(workspace), stream);
+  });
+}
+
+Status batch_norm_apply_gradients(const BatchNormProblem& p, const BatchNormPlan&, const void* dy, const void* x,
+                                  const void* weight, const void* mean, const void* invstd, const void* means, void* dx,
+                                  Stream stream) {
+  if (p.x_elements() == 0) return {};
+  return dispatch(p.dtype, [&](auto t) {
+    using T = decltype(t);
+    using S = acc_t<T>;
+    const S *mean_dy = static_cast<const S*>(means), *mean_dyx = mean_dy + p.C;
+    const Gradient<S> g{static_cast<const S*>(mean),
+                        static_cast<const S*>(invstd),
+                        static_cast<const S*>(weight),
+                        mean_dyx,
+                        mean_dy,
+                        S(1)};
+    return apply_gradients(p, static_cast<const T*>(dy), static_cast<const T*>(x), g, static_cast<T*>(dx), stream);
   });
 }
 

@@ -16,6 +16,8 @@ const Launchers* launchers() {
       batch_norm_train,
       batch_norm_eval,
       batch_norm_backward,
+      batch_norm_moments,
+      batch_norm_apply_gradients,
   };
   return &table;
 }

@@ -55,6 +55,11 @@ Status batch_norm_eval(const BatchNormProblem&, const BatchNormPlan&, const void
 Status batch_norm_backward(const BatchNormProblem&, const BatchNormPlan&, const void* dy, const void* x,
                            const void* weight, const void* mean, const void* invstd, bool training, void* dx,
                            void* dweight, void* dbias, void* workspace, Stream);
+Status batch_norm_moments(const BatchNormProblem&, const BatchNormPlan&, const void* x, double* moments,
+                          void* workspace, Stream);
+Status batch_norm_apply_gradients(const BatchNormProblem&, const BatchNormPlan&, const void* dy, const void* x,
+                                  const void* weight, const void* mean, const void* invstd, const void* means, void* dx,
+                                  Stream);
 
 // All of the above, or null in a library that was built without CUDA kernels.
 struct Launchers {
@@ -69,6 +74,8 @@ struct Launchers {
   decltype(&fastconv::cuda::batch_norm_train) batch_norm_train;
   decltype(&fastconv::cuda::batch_norm_eval) batch_norm_eval;
   decltype(&fastconv::cuda::batch_norm_backward) batch_norm_backward;
+  decltype(&fastconv::cuda::batch_norm_moments) batch_norm_moments;
+  decltype(&fastconv::cuda::batch_norm_apply_gradients) batch_norm_apply_gradients;
 };
 const Launchers* launchers();
 

@@ -1,4 +1,6 @@
-// batch_norm_train, batch_norm_eval, batch_norm_backward: validate → allocate → plan → launch.
+// batch_norm_train, batch_norm_eval, batch_norm_backward, and the steps of training that several machines exchange sums
+// between: batch_norm_moments, batch_norm_backward_sums, batch_norm_backward_apply. Validate → allocate → plan →
+// launch.
 #include <stdexcept>
 #include <tuple>
 
@@ -117,14 +119,18 @@ Tensor batch_norm_eval(const Tensor& x, const std::optional<Tensor>& weight, con
   return y;
 }
 
+void check_gradient(const Tensor& dy, const Tensor& x) {
+  if (sizes_of(dy) != sizes_of(x) || dy.scalar_type() != x.scalar_type())
+    throw std::runtime_error("fastconv: expected dy like x, of size " + format_sizes(sizes_of(x)) + ", but got " +
+                             format_sizes(sizes_of(dy)));
+}
+
 // The gradients of weight and bias come in the statistics' dtype, whether or not there is a weight.
 std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& dy, const Tensor& x,
                                                        const std::optional<Tensor>& weight, const Tensor& mean,
                                                        const Tensor& invstd, bool training, bool channels_last) {
   const BatchNormProblem problem = problem_of(x, channels_last);
-  if (sizes_of(dy) != sizes_of(x) || dy.scalar_type() != x.scalar_type())
-    throw std::runtime_error("fastconv: expected dy like x, of size " + format_sizes(sizes_of(x)) + ", but got " +
-                             format_sizes(sizes_of(dy)));
+  check_gradient(dy, x);
   check_parameter("mean", mean, problem);
   check_parameter("invstd", invstd, problem);
   if (weight) check_parameter("weight", *weight, problem);
@@ -154,10 +160,97 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& dy, const T
   return {dx, dweight, dbias};
 }
 
-#define FASTCONV_REGISTER(m)                                \
-  m.impl("batch_norm_train", TORCH_BOX(&batch_norm_train)); \
-  m.impl("batch_norm_eval", TORCH_BOX(&batch_norm_eval));   \
-  m.impl("batch_norm_backward", TORCH_BOX(&batch_norm_backward))
+// Three rows of C values: the count, the mean and Σ (x − mean)², all zero where there is no x. In float64, so that
+// merging those of several machines loses nothing.
+Tensor batch_norm_moments(const Tensor& x, bool channels_last) {
+  const BatchNormProblem problem = problem_of(x, channels_last);
+  const Device device(x);
+  const BatchNormPlan plan = plan_batch_norm(problem, device.target);
+  const Tensor x_dense = in_layout(x, problem.layout);
+  Tensor moments = empty({3, problem.C}, Layout::NCHW, ScalarType::Double, x);
+  if (problem.x_elements() == 0) {
+    torch::stable::zero_(moments);
+    return moments;
+  }
+  const Tensor workspace = workspace_of(plan, x);
+  double* out = static_cast<double*>(mutable_data(moments));
+  if (device.target.cuda)
+    check(cuda::launchers()->batch_norm_moments(problem, plan, data(x_dense), out, mutable_data(workspace),
+                                                device.stream));
+  else
+    cpu::kernels().batch_norm->moments(problem, plan, data(x_dense), out, mutable_data(workspace), device.parallel);
+  return moments;
+}
+
+// Two rows of C values, Σ dy and Σ dy·x̂: the backward pass without its dx.
+Tensor batch_norm_backward_sums(const Tensor& dy, const Tensor& x, const Tensor& mean, const Tensor& invstd,
+                                bool channels_last) {
+  const BatchNormProblem problem = problem_of(x, channels_last);
+  check_gradient(dy, x);
+  check_parameter("mean", mean, problem);
+  check_parameter("invstd", invstd, problem);
+  const Device device(x);
+  const BatchNormPlan plan = plan_batch_norm(problem, device.target);
+  const ScalarType statistics = statistics_type(problem.dtype);
+  const Tensor dy_dense = in_layout(dy, problem.layout), x_dense = in_layout(x, problem.layout);
+  Tensor sums = empty({2, problem.C}, Layout::NCHW, statistics, x);
+  if (problem.x_elements() == 0) {
+    torch::stable::zero_(sums);
+    return sums;
+  }
+  const Tensor workspace = workspace_of(plan, x);
+  const Tensor mean_dense = convert(mean, statistics), invstd_dense = convert(invstd, statistics);
+  void* sum_dy = mutable_data(sums);
+  void* sum_dyx = static_cast<char*>(sum_dy) + problem.C * (statistics == ScalarType::Double ? 8 : 4);
+  if (device.target.cuda)
+    check(cuda::launchers()->batch_norm_backward(problem, plan, data(dy_dense), data(x_dense), nullptr,
+                                                 data(mean_dense), data(invstd_dense), true, nullptr, sum_dyx, sum_dy,
+                                                 mutable_data(workspace), device.stream));
+  else
+    cpu::kernels().batch_norm->backward(problem, plan, data(dy_dense), data(x_dense), nullptr, data(mean_dense),
+                                        data(invstd_dense), true, nullptr, sum_dyx, sum_dy, mutable_data(workspace),
+                                        device.parallel);
+  return sums;
+}
+
+// dx, from ⟨dy⟩ and ⟨dy·x̂⟩, the two rows of `means`.
+Tensor batch_norm_backward_apply(const Tensor& dy, const Tensor& x, const std::optional<Tensor>& weight,
+                                 const Tensor& mean, const Tensor& invstd, const Tensor& means, bool channels_last) {
+  const BatchNormProblem problem = problem_of(x, channels_last);
+  check_gradient(dy, x);
+  check_parameter("mean", mean, problem);
+  check_parameter("invstd", invstd, problem);
+  if (weight) check_parameter("weight", *weight, problem);
+  if (sizes_of(means) != Sizes{2, problem.C})
+    throw std::runtime_error("fastconv: expected means of size " + format_sizes({2, problem.C}) + ", but got " +
+                             format_sizes(sizes_of(means)));
+  const Device device(x);
+  const BatchNormPlan plan = plan_batch_norm(problem, device.target);
+  const ScalarType statistics = statistics_type(problem.dtype);
+  const Tensor dy_dense = in_layout(dy, problem.layout), x_dense = in_layout(x, problem.layout);
+  Tensor dx = empty(sizes_of(x), problem.layout, x.scalar_type(), x);
+  if (problem.x_elements() == 0) return dx;
+  const std::optional<Tensor> gamma = as_statistics(weight, problem);
+  const Tensor mean_dense = convert(mean, statistics), invstd_dense = convert(invstd, statistics);
+  const Tensor means_dense = convert(means, statistics);
+  if (device.target.cuda)
+    check(cuda::launchers()->batch_norm_apply_gradients(problem, plan, data(dy_dense), data(x_dense), data(gamma),
+                                                        data(mean_dense), data(invstd_dense), data(means_dense),
+                                                        mutable_data(dx), device.stream));
+  else
+    cpu::kernels().batch_norm->apply_gradients(problem, plan, data(dy_dense), data(x_dense), data(gamma),
+                                               data(mean_dense), data(invstd_dense), data(means_dense),
+                                               mutable_data(dx), device.parallel);
+  return dx;
+}
+
+#define FASTCONV_REGISTER(m)                                                \
+  m.impl("batch_norm_train", TORCH_BOX(&batch_norm_train));                 \
+  m.impl("batch_norm_eval", TORCH_BOX(&batch_norm_eval));                   \
+  m.impl("batch_norm_backward", TORCH_BOX(&batch_norm_backward));           \
+  m.impl("batch_norm_moments", TORCH_BOX(&batch_norm_moments));             \
+  m.impl("batch_norm_backward_sums", TORCH_BOX(&batch_norm_backward_sums)); \
+  m.impl("batch_norm_backward_apply", TORCH_BOX(&batch_norm_backward_apply))
 
 STABLE_TORCH_LIBRARY_IMPL(FASTCONV_NAMESPACE, CPU, m) { FASTCONV_REGISTER(m); }
 STABLE_TORCH_LIBRARY_IMPL(FASTCONV_NAMESPACE, CUDA, m) { FASTCONV_REGISTER(m); }

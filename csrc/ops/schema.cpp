@@ -39,4 +39,10 @@ STABLE_TORCH_LIBRARY(FASTCONV_NAMESPACE, m) {
   m.def(
       "batch_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor invstd, bool training, "
       "bool channels_last) -> (Tensor, Tensor, Tensor)");
+  // The same in steps, between which several machines exchange what they found (fastconv/sync_batch_norm.py).
+  m.def("batch_norm_moments(Tensor x, bool channels_last) -> Tensor");
+  m.def("batch_norm_backward_sums(Tensor dy, Tensor x, Tensor mean, Tensor invstd, bool channels_last) -> Tensor");
+  m.def(
+      "batch_norm_backward_apply(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor invstd, Tensor means, "
+      "bool channels_last) -> Tensor");
 }
