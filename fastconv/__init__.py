@@ -6,7 +6,7 @@ print(fastconv.plan(x, w, padding=1))                   # which kernel, and why
 """
 
 from . import _fake, _vmap, transforms  # noqa: F401  (register fake kernels, vmap rules, jvps)
-from .functional import batch_norm, conv2d, max_pool2d
+from .functional import adaptive_avg_pool2d, avg_pool2d, batch_norm, conv2d, max_pool2d
 from .modules import BatchNorm2d, Conv2d, MaxPool2d
 from .planning import Plan, algorithms, plan
 from .swap import convert, coverage, revert
@@ -18,7 +18,9 @@ __all__ = [
     "Conv2d",
     "MaxPool2d",
     "Plan",
+    "adaptive_avg_pool2d",
     "algorithms",
+    "avg_pool2d",
     "batch_norm",
     "conv2d",
     "convert",

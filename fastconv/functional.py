@@ -1,10 +1,11 @@
-"""conv2d, max_pool2d and batch_norm with the signatures and semantics of torch.nn.functional."""
+"""Convolution, pooling and BatchNorm with the signatures and semantics of torch.nn.functional."""
 
 import math
 import warnings
 
 import torch
 import torch.nn.functional as F
+from torch.nn.modules.utils import _list_with_default
 
 from . import _ops, autograd
 
@@ -153,6 +154,73 @@ def max_pool2d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode
         return y.squeeze(0) if unbatched else y
     indices = _ops.max_pool2d_indices(offsets, input.shape, *window)
     return (y.squeeze(0), indices.squeeze(0)) if unbatched else (y, indices)
+
+
+def avg_pool2d(
+    input, kernel_size, stride=None, padding=0, ceil_mode=False, count_include_pad=True, divisor_override=None
+):
+    """2D average pooling, as torch.nn.functional.avg_pool2d.
+
+    Args:
+        input: (N, C, H, W) or (C, H, W); float32, float64, float16 or bfloat16, on the CPU or on CUDA. Sums of the last
+            two are float32.
+        kernel_size, stride, padding: an int or a pair (H, W); stride defaults to kernel_size.
+        ceil_mode: round the output size up instead of down.
+        count_include_pad: divide by the number of elements in the window with those of the padding, or without.
+        divisor_override: divide by this number instead.
+
+    Returns:
+        (N, C, P, Q) or (C, P, Q); channels_last if input is.
+
+    Raises:
+        RuntimeError, IndexError with torch's text for shapes and parameters that torch refuses too.
+    """
+    if not _has_kernel(input):
+        _warn_fallback("avg_pool2d", input)
+        return F.avg_pool2d(input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
+    if stride is None or (not isinstance(stride, int) and len(stride) == 0):
+        stride = kernel_size
+    if input.dim() not in (3, 4) or (input.dim() == 3 and 0 in input.shape):  # torch's own error
+        return F.avg_pool2d(input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
+    return _avg_pool2d(input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override, ())
+
+
+def adaptive_avg_pool2d(input, output_size):
+    """2D average pooling to a given size, as torch.nn.functional.adaptive_avg_pool2d.
+
+    y[n, c, p, q] is the mean of rows floor(p·H / P) to ceil((p + 1)·H / P) − 1 of x, and of such columns. Of size 1 it
+    is global average pooling (Lin et al., Network In Network, 2014).
+
+    Args:
+        input: (N, C, H, W) or (C, H, W); float32, float64, float16 or bfloat16, on the CPU or on CUDA.
+        output_size: P = Q or a pair (P, Q); None is the size of input.
+
+    Returns:
+        (N, C, P, Q) or (C, P, Q); channels_last if input is.
+
+    Raises:
+        RuntimeError, ValueError, IndexError with torch's text for shapes and sizes that torch refuses too.
+    """
+    if not _has_kernel(input):
+        _warn_fallback("adaptive_avg_pool2d", input)
+        return F.adaptive_avg_pool2d(input, output_size)
+    size = _list_with_default(output_size, input.shape)
+    size = _pair(size) if isinstance(size, int) else tuple(size)
+    if input.dim() < 2 or (input.dim() == 3 and 0 in input.shape[1:] and size != (1, 1)):  # torch's own error
+        return F.adaptive_avg_pool2d(input, output_size)
+    if size == (1, 1) and input.dim() not in (3, 4):  # torch takes the mean, whatever is in front of the map
+        planes = input.flatten(0, -3) if input.dim() > 2 else input.unsqueeze(0)
+        return adaptive_avg_pool2d(planes, size).reshape(*input.shape[:-2], 1, 1)
+    return _avg_pool2d(input, (), (), (), False, True, None, size)
+
+
+def _avg_pool2d(input, *window):
+    unbatched = input.dim() == 3
+    if unbatched:
+        input = input.unsqueeze(0)
+    channels_last = input.dim() == 4 and _channels_last(input)
+    y = autograd.avg_pool2d(input, *window, channels_last)
+    return y.squeeze(0) if unbatched else y
 
 
 def batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):

@@ -70,6 +70,40 @@ MAX_POOL2D = {
     "dilated window larger than the image": lambda lib: lib.max_pool2d(image(), 3, dilation=(4, 1)),
 }
 
+AVG_POOL2D = {
+    "0D input": lambda lib: lib.avg_pool2d(torch.zeros(()), 2),
+    "2D input": lambda lib: lib.avg_pool2d(image(4, 8), 2),
+    "5D input": lambda lib: lib.avg_pool2d(image(1, 2, 4, 8, 8), 2),
+    "no channels": lambda lib: lib.avg_pool2d(image(2, 0, 8, 8), 2),
+    "no rows": lambda lib: lib.avg_pool2d(image(2, 4, 0, 8), 2),
+    "no channels, unbatched": lambda lib: lib.avg_pool2d(image(0, 8, 8), 2),
+    "kernel 0": lambda lib: lib.avg_pool2d(image(), 0, 1),
+    "kernel 0 without a stride": lambda lib: lib.avg_pool2d(image(), 0),
+    "kernel -1": lambda lib: lib.avg_pool2d(image(), (2, -1), 1),
+    "no kernel size": lambda lib: lib.avg_pool2d(image(), []),
+    "three kernel sizes": lambda lib: lib.avg_pool2d(image(), (2, 2, 2)),
+    "stride 0": lambda lib: lib.avg_pool2d(image(), 2, 0),
+    "stride -1": lambda lib: lib.avg_pool2d(image(), 2, (1, -1)),
+    "three strides": lambda lib: lib.avg_pool2d(image(), 2, (1, 1, 1)),
+    "padding -1": lambda lib: lib.avg_pool2d(image(), 2, 2, (0, -1)),
+    "padding over half the kernel": lambda lib: lib.avg_pool2d(image(), 3, 2, 2),
+    "padding over half the kernel's width": lambda lib: lib.avg_pool2d(image(), (5, 3), 2, (2, 2)),
+    "three paddings": lambda lib: lib.avg_pool2d(image(), 2, 2, (0, 0, 0)),
+    "divisor 0": lambda lib: lib.avg_pool2d(image(), 2, divisor_override=0),
+    "window larger than the image": lambda lib: lib.avg_pool2d(image(), 9),
+    "adaptive: 0D input": lambda lib: lib.adaptive_avg_pool2d(torch.zeros(()), 1),
+    "adaptive: 2D input": lambda lib: lib.adaptive_avg_pool2d(image(4, 8), 2),
+    "adaptive: 2D input for a pair": lambda lib: lib.adaptive_avg_pool2d(image(4, 8), (None, 2)),
+    "adaptive: 5D input": lambda lib: lib.adaptive_avg_pool2d(image(1, 2, 4, 8, 8), 2),
+    "adaptive: no rows": lambda lib: lib.adaptive_avg_pool2d(image(2, 4, 0, 8), 2),
+    "adaptive: no columns, unbatched": lambda lib: lib.adaptive_avg_pool2d(image(4, 8, 0), (None, 1)),
+    "adaptive: size -1": lambda lib: lib.adaptive_avg_pool2d(image(), (-1, 2)),
+    "adaptive: three sizes": lambda lib: lib.adaptive_avg_pool2d(image(), (2, 2, 2)),
+    "adaptive: one size": lambda lib: lib.adaptive_avg_pool2d(image(), (2,)),
+    "adaptive: no size": lambda lib: lib.adaptive_avg_pool2d(image(), None),
+    "adaptive: a fraction": lambda lib: lib.adaptive_avg_pool2d(image(), 2.5),
+}
+
 ONES = torch.ones(4)
 BATCH_NORM = {
     "one value a channel": lambda lib: lib.batch_norm(image(1, 4, 1, 1), ONES, ONES, training=True),
@@ -116,6 +150,11 @@ def test_max_pool2d(name):
     check(MAX_POOL2D[name])
 
 
+@pytest.mark.parametrize("name", AVG_POOL2D)
+def test_avg_pool2d(name):
+    check(AVG_POOL2D[name])
+
+
 @pytest.mark.parametrize("name", BATCH_NORM)
 def test_batch_norm(name):
     check(BATCH_NORM[name])
@@ -148,6 +187,9 @@ def test_gradients_of_the_wrong_size_are_refused():
         fastconv.autograd.conv2d_dgrad(image(2, 6, 6, 6), w, x.shape, *config)
     with pytest.raises(RuntimeError, match=r"expected dy of size \[2, 6, 6, 5\], but got \[2, 6, 5, 5\]"):
         fastconv.autograd.conv2d_wgrad(image(2, 6, 5, 5), x, w.shape, True, *config)
+    window = ((), (), (), False, True, None, (3, 4), False)
+    with pytest.raises(RuntimeError, match=r"expected dy of size \[2, 4, 3, 4\], but got \[2, 4, 4, 3\]"):
+        fastconv.autograd.avg_pool2d_backward(image(2, 4, 4, 3), x.shape, *window)
 
 
 def test_no_sizes_overflow_silently():
@@ -156,3 +198,5 @@ def test_no_sizes_overflow_silently():
         fastconv.conv2d(image(1, 1, 9, 9), w, padding=2**62)
     with pytest.raises(RuntimeError, match="overflow"):
         fastconv.max_pool2d(image(1, 1, 9, 9), 3, dilation=2**62)
+    with pytest.raises(RuntimeError, match="overflow"):
+        fastconv.adaptive_avg_pool2d(image(1, 1, 9, 9), (1, 2**62))

@@ -28,6 +28,15 @@ WINDOWS = {
     "dilated, ceil": ((2, 3), (2, 2), (1, 1), (2, 1), True),
 }
 
+# kernel, stride, padding, ceil_mode, count_include_pad, divisor_override, output_size
+AVERAGES = {
+    "2x2": ((2, 2), (2, 2), (0, 0), False, True, None, ()),
+    "overlapping, padding not counted": ((3, 2), (2, 1), (1, 1), False, False, None, ()),
+    "ceil, divisor": ((2, 3), (2, 2), (1, 1), True, True, -5, ()),
+    "adaptive": ((), (), (), False, True, None, (3, 4)),
+    "global": ((), (), (), False, True, None, (1, 1)),
+}
+
 
 def leaf(backend, size, layout="contiguous"):
     tensor = torch.randn(size, dtype=torch.float64)
@@ -96,6 +105,16 @@ def test_max_pool2d_backward_and_gather(backend, name, layout):
     check(backend, lambda x: autograd.max_pool2d_gather(x, offsets, *window), (x,))
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", AVERAGES)
+def test_avg_pool2d_and_its_backward(backend, name, layout):
+    window = (*AVERAGES[name], layout == "channels_last")
+    x = leaf(backend, (2, 2, 5, 6), layout)
+    check(backend, lambda x: autograd.avg_pool2d(x, *window), (x,))
+    dy = leaf(backend, autograd.avg_pool2d(x, *window).shape, layout)
+    check(backend, lambda dy: autograd.avg_pool2d_backward(dy, x.shape, *window), (dy,))
+
+
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("size", [(3, 2, 2, 3), (5, 3)], ids=str)
@@ -118,6 +137,8 @@ def test_ops_called_directly_keep_their_gradients(backend):
     pooled = distinct(backend, (1, 2, 5, 6), "contiguous")
     window = (*WINDOWS["overlapping"], False)
     assert gradcheck(lambda x: ops.max_pool2d_forward(x, *window, True)[0], (pooled,), fast_mode=True)
+    for average in AVERAGES.values():
+        assert gradcheck(lambda x, a=average: ops.avg_pool2d_forward(x, *a, False), (pooled,), fast_mode=True)
     mean, var = (backend.put(torch.rand(4, dtype=torch.float64)) for _ in range(2))
     weight, bias = leaf(backend, (4,)), leaf(backend, (4,))
     assert gradcheck(
@@ -138,6 +159,7 @@ def test_ops_called_directly_raise_where_they_have_no_derivative(backend):
         lambda: ops.conv2d_dgrad(dy, w, x_size, *config),
         lambda: ops.conv2d_wgrad(dy, x, w_size, True, *config)[0],
         lambda: ops.max_pool2d_backward(y.requires_grad_(), offsets, x_size, *window),
+        lambda: ops.avg_pool2d_backward(y.requires_grad_(), x_size, *AVERAGES["2x2"], False),
         lambda: ops.batch_norm_train(x, None, None, None, None, 0.1, 1e-5, False)[0],
     ):
         with pytest.raises(NotImplementedError, match="differentiable"):
