@@ -6,22 +6,43 @@ print(fastconv.plan(x, w, padding=1))                   # which kernel, and why
 """
 
 from . import _fake, _vmap, transforms  # noqa: F401  (register fake kernels, vmap rules, jvps)
-from .functional import adaptive_avg_pool2d, avg_pool2d, batch_norm, conv2d, max_pool2d
-from .modules import BatchNorm2d, Conv2d, MaxPool2d
+from .functional import adaptive_avg_pool2d, avg_pool2d, batch_norm, conv1d, conv2d, max_pool2d
+from .modules import (
+    AdaptiveAvgPool2d,
+    AvgPool2d,
+    BatchNorm1d,
+    BatchNorm2d,
+    Conv1d,
+    Conv2d,
+    LazyBatchNorm1d,
+    LazyBatchNorm2d,
+    LazyConv1d,
+    LazyConv2d,
+    MaxPool2d,
+)
 from .planning import Plan, algorithms, plan
 from .swap import convert, coverage, revert
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaptiveAvgPool2d",
+    "AvgPool2d",
+    "BatchNorm1d",
     "BatchNorm2d",
+    "Conv1d",
     "Conv2d",
+    "LazyBatchNorm1d",
+    "LazyBatchNorm2d",
+    "LazyConv1d",
+    "LazyConv2d",
     "MaxPool2d",
     "Plan",
     "adaptive_avg_pool2d",
     "algorithms",
     "avg_pool2d",
     "batch_norm",
+    "conv1d",
     "conv2d",
     "convert",
     "coverage",

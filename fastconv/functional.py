@@ -1,6 +1,7 @@
 """Convolution, pooling and BatchNorm with the signatures and semantics of torch.nn.functional."""
 
 import math
+import re
 import warnings
 
 import torch
@@ -119,6 +120,72 @@ def _string_padding(padding, input, weight, stride, dilation):
     if any(rest):
         input = F.pad(input, (0, rest[1], 0, rest[0]))
     return symmetric, input
+
+
+def conv1d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, *, algo=None):
+    """1D convolution (cross-correlation), as torch.nn.functional.conv1d: a conv2d of images one row high.
+
+    Args:
+        input: (N, C, L) or (C, L); float32, float64, float16 or bfloat16, on the CPU or on CUDA. A transposed view is
+            copied first, as by torch.
+        weight: (K, C / groups, S), of input's dtype and device.
+        bias: (K,) or None.
+        stride, padding, dilation: an int or a tuple of one. padding may be 'valid' or, for stride 1, 'same'.
+        groups, algo: as in conv2d.
+
+    Returns:
+        (N, K, Q) with Q = floor((L + 2·padding − dilation·(S − 1) − 1) / stride) + 1, or (K, Q).
+
+    Raises:
+        RuntimeError with torch's text for shapes, dtypes and parameters that torch refuses too.
+        ValueError if `algo` is unknown or cannot do the problem, with the reason.
+    """
+    if not _has_kernel(input):
+        if algo is not None:
+            raise ValueError(f"algo={algo!r}: fastconv has no kernel for {input.dtype} on {input.device.type}")
+        _warn_fallback("conv1d", input)
+        return F.conv1d(input, weight, bias, stride, padding, dilation, groups)
+    if input.dim() not in (2, 3):
+        size = list(input.shape)
+        raise RuntimeError(f"Expected 2D (unbatched) or 3D (batched) input to conv1d, but got input of size: {size}")
+    unbatched = input.dim() == 2
+    if unbatched:
+        input = input.unsqueeze(0)
+    if weight.dim() < 3:
+        raise RuntimeError("weight should have at least three dimensions")
+    if weight.dim() > 3:
+        raise RuntimeError(
+            f"Expected {weight.dim()}-dimensional input for {weight.dim()}-dimensional weight {list(weight.shape)}, "
+            f"but got 3-dimensional input of size {list(input.shape)} instead"
+        )
+    stride, dilation = (1, _single("stride", stride)), (1, _single("dilation", dilation))
+    if not isinstance(padding, str):
+        padding = (0, _single("padding", padding))
+    image = input.contiguous().unsqueeze(2)  # contiguous, so that a transposed view is not taken for channels_last
+    try:
+        y = conv2d(image, weight.unsqueeze(2), bias, stride, padding, dilation, groups, algo=algo).squeeze(2)
+    except RuntimeError as error:
+        if type(error) is not RuntimeError:  # out of memory
+            raise
+        raise RuntimeError(_without_rows(str(error))) from None
+    return y.squeeze(0) if unbatched else y
+
+
+def _single(name, value):
+    values = (value,) if isinstance(value, int) else tuple(value)
+    if len(values) != 1:
+        raise RuntimeError(
+            f"expected {name} to be a single integer value or a list of 1 values to match the convolution dimensions, "
+            f"but got {name}={list(values)}"
+        )
+    return values[0]
+
+
+def _without_rows(text):
+    """conv2d's error text in the sizes that conv1d's caller knows."""
+    if text.startswith("Only zero batch"):  # torch says this one of its own image
+        return text
+    return re.sub(r"\(1 x (\d+)\)", r"(\1)", re.sub(r"\[(\d+), (\d+), 1, (\d+)\]", r"[\1, \2, \3]", text))
 
 
 def max_pool2d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False):

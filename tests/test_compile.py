@@ -116,6 +116,20 @@ def test_compile_of_functions_with_every_argument():
         assert torch.equal(a, e)
 
 
+def test_compile_of_layers_for_sequences():
+    model = torch.nn.Sequential(
+        fastconv.Conv1d(4, 6, 3, padding="same"), fastconv.BatchNorm1d(6), fastconv.Conv1d(6, 2, 2, 2, 1, groups=2)
+    )
+    x = torch.randn(3, 4, 10, requires_grad=True)
+    results = []
+    for network in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+        y = network(x)
+        results.append((y, *torch.autograd.grad(y.square().sum(), (x, *model.parameters()))))
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)
+        assert actual.stride() == expected.stride()
+
+
 def test_dynamic_batch_size_compiles_once():
     torch._dynamo.reset()
     graphs = []

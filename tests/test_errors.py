@@ -49,6 +49,43 @@ CONV2D = {
     "padding 'full'": lambda lib: lib.conv2d(image(), filters(), padding="full"),
 }
 
+
+def sequence(*size, dtype=torch.float32):
+    return torch.zeros(size or (2, 4, 8), dtype=dtype)
+
+
+CONV1D = {
+    "channels": lambda lib: lib.conv1d(sequence(), filters(6, 3, 3)),
+    "channels, unbatched": lambda lib: lib.conv1d(sequence(4, 8), filters(6, 3, 3)),
+    "channels with groups": lambda lib: lib.conv1d(sequence(), filters(6, 4, 3), groups=2),
+    "channels with padding by name": lambda lib: lib.conv1d(sequence(), filters(6, 3, 3), padding="same"),
+    "filters not divisible by groups": lambda lib: lib.conv1d(sequence(), filters(5, 2, 3), groups=2),
+    "no filters": lambda lib: lib.conv1d(sequence(), filters(0, 4, 3)),
+    "groups 0": lambda lib: lib.conv1d(sequence(), filters(6, 4, 3), groups=0),
+    "0D input": lambda lib: lib.conv1d(torch.zeros(()), filters(6, 4, 3)),
+    "1D input": lambda lib: lib.conv1d(sequence(8), filters(6, 4, 3)),
+    "4D input": lambda lib: lib.conv1d(sequence(1, 2, 4, 8), filters(6, 4, 3)),
+    "2D weight": lambda lib: lib.conv1d(sequence(), filters(6, 4)),
+    "4D weight": lambda lib: lib.conv1d(sequence(), filters()),
+    "bias of the wrong length": lambda lib: lib.conv1d(sequence(), filters(6, 4, 3), image(5)),
+    "2D bias": lambda lib: lib.conv1d(sequence(), filters(6, 4, 3), image(6, 1)),
+    "stride 0": lambda lib: lib.conv1d(sequence(), filters(6, 4, 3), stride=0),
+    "stride -1": lambda lib: lib.conv1d(sequence(), filters(6, 4, 3), stride=(-1,)),
+    "padding -1": lambda lib: lib.conv1d(sequence(), filters(6, 4, 3), padding=-1),
+    "dilation 0": lambda lib: lib.conv1d(sequence(), filters(6, 4, 3), dilation=0),
+    "dilation -1": lambda lib: lib.conv1d(sequence(), filters(6, 4, 3), dilation=-1),
+    "two strides": lambda lib: lib.conv1d(sequence(), filters(6, 4, 3), stride=(1, 1)),
+    "no stride": lambda lib: lib.conv1d(sequence(), filters(6, 4, 3), stride=()),
+    "two paddings": lambda lib: lib.conv1d(sequence(), filters(6, 4, 3), padding=(1, 1)),
+    "two dilations": lambda lib: lib.conv1d(sequence(), filters(6, 4, 3), dilation=(1, 1)),
+    "kernel larger than the sequence": lambda lib: lib.conv1d(sequence(1, 4, 2), filters(6, 4, 3)),
+    "no elements": lambda lib: lib.conv1d(sequence(2, 4, 0), filters(6, 4, 3), padding=2),
+    "other dtype of the weight": lambda lib: lib.conv1d(sequence(), filters(6, 4, 3, dtype=torch.float64)),
+    "other dtype of the bias": lambda lib: lib.conv1d(sequence(), filters(6, 4, 3), image(6, dtype=torch.float64)),
+    "padding 'same' with a stride": lambda lib: lib.conv1d(sequence(), filters(6, 4, 3), stride=2, padding="same"),
+    "padding 'full'": lambda lib: lib.conv1d(sequence(), filters(6, 4, 3), padding="full"),
+}
+
 MAX_POOL2D = {
     "2D input": lambda lib: lib.max_pool2d(image(4, 8), 2),
     "5D input": lambda lib: lib.max_pool2d(image(1, 2, 4, 8, 8), 2),
@@ -145,6 +182,11 @@ def test_conv2d(name):
     check(CONV2D[name])
 
 
+@pytest.mark.parametrize("name", CONV1D)
+def test_conv1d(name):
+    check(CONV1D[name])
+
+
 @pytest.mark.parametrize("name", MAX_POOL2D)
 def test_max_pool2d(name):
     check(MAX_POOL2D[name])
@@ -166,6 +208,13 @@ def test_layers():
         (fastconv.BatchNorm2d(4), nn.BatchNorm2d(4), image(1, 4, 1, 1)),
         (fastconv.Conv2d(4, 6, 3), nn.Conv2d(4, 6, 3), image(2, 5, 8, 8)),
         (fastconv.MaxPool2d(9), nn.MaxPool2d(9), image()),
+        (fastconv.Conv1d(4, 6, 3), nn.Conv1d(4, 6, 3), image(2, 5, 8)),
+        (fastconv.BatchNorm1d(4), nn.BatchNorm1d(4), image(2, 4, 8, 8)),
+        (fastconv.BatchNorm1d(4), nn.BatchNorm1d(4), image(1, 4)),
+        (fastconv.AvgPool2d(9), nn.AvgPool2d(9), image()),
+        (fastconv.AdaptiveAvgPool2d((-1, 2)), nn.AdaptiveAvgPool2d((-1, 2)), image()),
+        (fastconv.LazyConv2d(6, 3), nn.LazyConv2d(6, 3), image(4, 8)),
+        (fastconv.LazyBatchNorm1d(), nn.LazyBatchNorm1d(), image()),
     ):
         assert raised(lambda lib, x=x: lib(x), ours) == raised(lambda lib, x=x: lib(x), theirs)
 

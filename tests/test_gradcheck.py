@@ -88,6 +88,12 @@ def test_conv2d_by_algorithm(backend):
         )
 
 
+@pytest.mark.parametrize("config", [(1, 0, 1, 1), (2, 3, 2, 2), (1, "same", 3, 1)], ids=str)
+def test_conv1d(backend, config):
+    inputs = leaf(backend, (2, 4, 9)), leaf(backend, (6, 4 // config[3], 2)), leaf(backend, (6,))
+    check(backend, lambda *inputs: fastconv.conv1d(*inputs, *config), inputs)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", WINDOWS)
 def test_max_pool2d(backend, name, layout):

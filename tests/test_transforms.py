@@ -121,6 +121,7 @@ def functions():
     mean, var = random(4), random(4).square() + 0.1
     return {
         "conv2d": (lambda *t: fastconv.conv2d(*t, *CONFIG, 2), (random(2, 4, 5, 4), random(6, 2, 2, 2), random(6))),
+        "conv1d": (lambda *t: fastconv.conv1d(*t, 2, 1, 2, 2), (random(2, 4, 9), random(6, 2, 3), random(6))),
         "max_pool2d": (lambda x: fastconv.max_pool2d(x, *WINDOW), (distinct(2, 2, 5, 6),)),
         "avg_pool2d": (
             lambda x: fastconv.avg_pool2d(x, (3, 2), (2, 1), (1, 0), True, False),
@@ -139,7 +140,7 @@ def functions():
 
 
 POOLS = ("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d")
-FUNCTIONS = ("conv2d", *POOLS, "batch_norm, training", "batch_norm, evaluation")
+FUNCTIONS = ("conv2d", "conv1d", *POOLS, "batch_norm, training", "batch_norm, evaluation")
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
