@@ -14,7 +14,7 @@ void forward(const AvgPool2dProblem& problem, const AvgPool2dPlan&, const void* 
   const AvgPool2dProblem p = problem.normalized();
   dispatch(p.dtype, [&](auto t) {
     using T = decltype(t);
-    const auto run = p.layout == Layout::NHWC ? forward_nhwc<T> : forward_nchw<T>;
+    const auto run = p.layout == Layout::NHWC ? forward_nhwc<T> : p.is_global() ? forward_global<T> : forward_nchw<T>;
     run(p, static_cast<const T*>(x), static_cast<T*>(y), parallel);
   });
 }

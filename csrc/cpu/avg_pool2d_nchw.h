@@ -16,7 +16,7 @@ constexpr int64_t buffer_columns = most_columns + 2 * slack;
 
 // Of `count` adjacent elements.
 template <typename T>
-__attribute__((noinline)) acc_t<T> sum_of(const T* x, int64_t count) {
+acc_t<T> sum_of(const T* x, int64_t count) {
   acc_t<T> total = 0;
   for (int64_t begin = 0; begin < count; begin += block_elements) {
     const int64_t end = min_of(begin + block_elements, count);
@@ -70,6 +70,18 @@ FASTCONV_INLINE void add_columns(const A* sums, int64_t taps, int64_t count, A* 
     for (int64_t s = 0; s < taps; ++s) sum += load_tap<stride>(sums + q * stride, s, stride);
     store(out + q, stride == 2 ? in_order(sum) : sum);
   }
+}
+
+// One average of each plane, a row of W elements.
+template <typename T>
+void forward_global(const AvgPool2dProblem& p, const T* x, T* y, const Parallel& parallel) {
+  const acc_t<T> divisor = divisor_of<T>(window(row_axis(p), 0).count, window(column_axis(p), 0).count);
+  const int64_t planes = p.N * p.C, planes_per_task = ceil_div(task_elements, max_of<int64_t>(p.W, 1));
+  for_each_task(parallel, ceil_div(planes, planes_per_task), [&](int, int64_t task) {
+    const int64_t end = min_of((task + 1) * planes_per_task, planes);
+    for (int64_t plane = task * planes_per_task; plane < end; ++plane)
+      y[plane] = from_acc<T>(sum_of(x + plane * p.W, p.W) / divisor);
+  });
 }
 
 template <typename T>

@@ -68,27 +68,40 @@ void forward_nhwc(const AvgPool2dProblem& p, const T* x, T* y, const Parallel& p
                  });
 }
 
+// dx = Σ dy / divisor over the windows rows × columns that have a pixel, of n vectors of channels, or the first `count`
+// of one. dy is that of window (0, 0), at the first of these channels.
+template <int n, typename T>
+FASTCONV_INLINE void gather(const AvgPool2dProblem& p, const PoolAxis& row, const PoolAxis& column, Cover rows,
+                            Cover columns, const T* dy, T* dx, int64_t count) {
+  const bool whole = count >= n * lanes<T>;
+  vec_t<T> sum[n] = {};
+  for (int64_t out = rows.begin; out < rows.end; ++out)
+    for (int64_t q = columns.begin; q < columns.end; ++q) {
+      const vec_t<T> share = broadcast<T>(1 / divisor_of<T>(window(row, out).count, window(column, q).count));
+      const T* from = dy + (out * p.Q + q) * p.C;
+      for (int k = 0; k < n; ++k) sum[k] += (whole ? load(from + k * lanes<T>) : load_first(from, count)) * share;
+    }
+  for (int k = 0; k < n; ++k) {
+    if (whole)
+      store(dx + k * lanes<T>, sum[k]);
+    else
+      store_first(dx, sum[k], count);
+  }
+}
+
 template <typename T>
 void backward_nhwc(const AvgPool2dProblem& p, const T* dy, T* dx, const Parallel& parallel) {
   const PoolAxis row = row_axis(p), column = column_axis(p);
   for_each_pixel(parallel, p.N, p.H, p.W, p.C, 1,
                  [&](const Walk& walk, int64_t pixel, int64_t first, int64_t channels) {
                    const Cover rows = cover(row, walk.row), columns = cover(column, walk.column);
+                   const T* from = dy + walk.plane * p.P * p.Q * p.C + first;
                    T* to = dx + pixel * p.C + first;
-                   for (int64_t c = 0; c < channels; c += lanes<T>) {
-                     const int64_t count = channels - c;
-                     vec_t<T> sum{};
-                     for (int64_t out = rows.begin; out < rows.end; ++out)
-                       for (int64_t q = columns.begin; q < columns.end; ++q) {
-                         const T* from = dy + ((walk.plane * p.P + out) * p.Q + q) * p.C + first + c;
-                         const vec_t<T> g = count >= lanes<T> ? load(from) : load_first(from, count);
-                         sum += g / broadcast<T>(divisor_of<T>(window(row, out).count, window(column, q).count));
-                       }
-                     if (count >= lanes<T>)
-                       store(to + c, sum);
-                     else
-                       store_first(to + c, sum, count);
-                   }
+                   int64_t c = 0;
+                   for (; c + 4 * lanes<T> <= channels; c += 4 * lanes<T>)
+                     gather<4>(p, row, column, rows, columns, from + c, to + c, channels - c);
+                   for (; c < channels; c += lanes<T>)
+                     gather<1>(p, row, column, rows, columns, from + c, to + c, channels - c);
                  });
 }
 
