@@ -131,6 +131,7 @@ def test_dtypes(backend, layout, dtype):
         Case("wide window", (1, 5, 90, 80), (40, 30), (7, 9), (3, 4)),
         Case("global", (4, 600, 14, 13), output=(1, 1)),
         Case("of long rows", (1, 2, 3, 9000), (2, 3), (1, 1), (1, 1)),
+        Case("of long rows that end in whole vectors", (1, 2, 3, 2063), (2, 3), (1, 1), (1, 1)),
         Case("of long rows, in pairs", (1, 2, 3, 9000), (3, 3), (1, 2), (0, 1)),
         Case("of long rows, to others", (1, 2, 3, 9000), output=(2, 2999)),
         Case("one row to many", (1, 2, 2, 3), output=(3, 7000)),
