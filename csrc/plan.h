@@ -47,6 +47,11 @@ struct MaxPool2dPlan {
   const char* kernel = "";
 };
 
+struct AvgPool2dPlan {
+  const char* kernel = "";
+  int threads = 1;  // CUDA: that share the window of an output
+};
+
 struct BatchNormPlan {
   const char* kernel = "";
   int split = 1;  // pieces of a channel's values, whose statistics are merged in order
@@ -57,6 +62,7 @@ struct BatchNormPlan {
 Conv2dPlan plan_conv2d(const Conv2dProblem& problem, Direction direction, const Target& target,
                        std::optional<Algo> algo = std::nullopt, Reasons* reasons = nullptr);
 MaxPool2dPlan plan_max_pool2d(const MaxPool2dProblem& problem, const Target& target);
+AvgPool2dPlan plan_avg_pool2d(const AvgPool2dProblem& problem, const Target& target);
 BatchNormPlan plan_batch_norm(const BatchNormProblem& problem, const Target& target);
 
 // The two halves of plan_conv2d.

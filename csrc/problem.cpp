@@ -45,10 +45,24 @@ Pair conv_pair(const char* what, const Sizes& values) {
   return {values[0], values[1]};
 }
 
-Pair pool_pair(const char* text, const Sizes& values) {
+Pair pool_pair(const char* op, const char* text, const Sizes& values) {
   if (values.size() == 1) return {values[0], values[0]};
-  if (values.size() != 2) fail("max_pool2d: ", text);
+  if (values.size() != 2) fail(op, ": ", text);
   return {values[0], values[1]};
+}
+
+// What both kinds of pooling take: window, stride and padding as pairs, with torch's texts.
+struct PoolArguments {
+  Pair window, step, pad;
+};
+PoolArguments pool_arguments(const char* op, const Sizes& kernel_size, const Sizes& stride, const Sizes& padding) {
+  PoolArguments a{};
+  a.window = pool_pair(op, "kernel_size must either be a single int, or a tuple of two ints", kernel_size);
+  a.step = stride.empty()
+               ? a.window
+               : pool_pair(op, "stride must either be omitted, a single int, or a tuple of two ints", stride);
+  a.pad = pool_pair(op, "padding must either be a single int, or a tuple of two ints", padding);
+  return a;
 }
 
 int64_t effective_kernel(int64_t kernel, int64_t dilation) { return add(multiply(dilation, kernel - 1), 1); }
@@ -72,6 +86,36 @@ int64_t pooled_size(int64_t size, int64_t kernel, int64_t stride, int64_t pad, i
   int64_t out = floored + 1;
   if (ceil_mode && multiply(out - 1, stride) >= size + pad) --out;
   return out;
+}
+
+// torch's pool2d_shape_check, but for the output's size.
+void check_pool(const Sizes& x_size, Pair window, Pair step, Pair pad, Pair spread) {
+  if (x_size.size() != 4) fail("non-empty 3D or 4D (batch mode) tensor expected for input");
+  if (step.h == 0 || step.w == 0) fail("stride should not be zero");
+  for (int64_t size : {pad.h, pad.w})
+    if (size < 0) fail("pad must be non-negative, but got pad: ", size);
+  if (window.h <= 0 || window.w <= 0)
+    fail("kernel size should be greater than zero, but got kH: ", window.h, " kW: ", window.w);
+  if (step.h < 0 || step.w < 0) fail("stride should be greater than zero, but got dH: ", step.h, " dW: ", step.w);
+  if (spread.h <= 0 || spread.w <= 0)
+    fail("dilation should be greater than zero, but got dilationH: ", spread.h, " dilationW: ", spread.w);
+  if (x_size[1] == 0 || x_size[2] == 0 || x_size[3] == 0)
+    fail("Expected 3D or 4D (batch mode) tensor with optional 0 dim batch size for input, but got:",
+         format_sizes(x_size));
+  const Pair kernel{effective_kernel(window.h, spread.h), effective_kernel(window.w, spread.w)};
+  const auto check_pad = [](int64_t pad_size, int64_t effective, int64_t size, int64_t dilation_size) {
+    if (pad_size > effective / 2)
+      fail("pad should be at most half of effective kernel size, but got pad=", pad_size, ", kernel_size=", size,
+           " and dilation=", dilation_size);
+  };
+  check_pad(pad.h, kernel.h, window.h, spread.h);
+  check_pad(pad.w, kernel.w, window.w, spread.w);
+}
+
+void check_pooled_size(int64_t C, int64_t H, int64_t W, int64_t P, int64_t Q) {
+  if (P < 1 || Q < 1)
+    fail("Given input size: (", C, "x", H, "x", W, "). Calculated output size: (", C, "x", P, "x", Q,
+         "). Output size is too small");
 }
 
 }  // namespace
@@ -135,34 +179,11 @@ Conv2dProblem make_conv2d_problem(const Sizes& x_size, const Sizes& w_size, cons
 MaxPool2dProblem make_max_pool2d_problem(const Sizes& x_size, const Sizes& kernel_size, const Sizes& stride,
                                          const Sizes& padding, const Sizes& dilation, bool ceil_mode, DType dtype,
                                          Layout layout) {
-  const Pair window = pool_pair("kernel_size must either be a single int, or a tuple of two ints", kernel_size);
-  const Pair step = stride.empty()
-                        ? window
-                        : pool_pair("stride must either be omitted, a single int, or a tuple of two ints", stride);
-  const Pair pad = pool_pair("padding must either be a single int, or a tuple of two ints", padding);
+  const auto [window, step, pad] = pool_arguments("max_pool2d", kernel_size, stride, padding);
   if (dilation.size() != 1 && dilation.size() != 2)
     fail("max_pool2d: dilation must be either a single int, or a tuple of two ints");
-  const Pair spread = pool_pair("", dilation);
-  if (x_size.size() != 4) fail("non-empty 3D or 4D (batch mode) tensor expected for input");
-  if (step.h == 0 || step.w == 0) fail("stride should not be zero");
-  for (int64_t size : {pad.h, pad.w})
-    if (size < 0) fail("pad must be non-negative, but got pad: ", size);
-  if (window.h <= 0 || window.w <= 0)
-    fail("kernel size should be greater than zero, but got kH: ", window.h, " kW: ", window.w);
-  if (step.h < 0 || step.w < 0) fail("stride should be greater than zero, but got dH: ", step.h, " dW: ", step.w);
-  if (spread.h <= 0 || spread.w <= 0)
-    fail("dilation should be greater than zero, but got dilationH: ", spread.h, " dilationW: ", spread.w);
-  if (x_size[1] == 0 || x_size[2] == 0 || x_size[3] == 0)
-    fail("Expected 3D or 4D (batch mode) tensor with optional 0 dim batch size for input, but got:",
-         format_sizes(x_size));
-  const Pair kernel{effective_kernel(window.h, spread.h), effective_kernel(window.w, spread.w)};
-  const auto check_pad = [](int64_t pad_size, int64_t effective, int64_t size, int64_t dilation_size) {
-    if (pad_size > effective / 2)
-      fail("pad should be at most half of effective kernel size, but got pad=", pad_size, ", kernel_size=", size,
-           " and dilation=", dilation_size);
-  };
-  check_pad(pad.h, kernel.h, window.h, spread.h);
-  check_pad(pad.w, kernel.w, window.w, spread.w);
+  const Pair spread = pool_pair("max_pool2d", "", dilation);
+  check_pool(x_size, window, step, pad, spread);
 
   MaxPool2dProblem p{};
   p.N = x_size[0], p.C = x_size[1], p.H = x_size[2], p.W = x_size[3];
@@ -173,11 +194,72 @@ MaxPool2dProblem make_max_pool2d_problem(const Sizes& x_size, const Sizes& kerne
   p.dtype = dtype, p.layout = layout;
   p.P = pooled_size(p.H, p.R, p.stride_h, p.pad_h, p.dilation_h, ceil_mode);
   p.Q = pooled_size(p.W, p.S, p.stride_w, p.pad_w, p.dilation_w, ceil_mode);
-  if (p.P < 1 || p.Q < 1)
-    fail("Given input size: (", p.C, "x", p.H, "x", p.W, "). Calculated output size: (", p.C, "x", p.P, "x", p.Q,
-         "). Output size is too small");
+  check_pooled_size(p.C, p.H, p.W, p.P, p.Q);
   multiply(p.R, p.S);
   product({p.N, p.C, p.P, p.Q, 8});
+  return p;
+}
+
+AvgPool2dProblem make_avg_pool2d_problem(const Sizes& x_size, const Sizes& kernel_size, const Sizes& stride,
+                                         const Sizes& padding, bool ceil_mode, bool count_include_pad,
+                                         std::optional<int64_t> divisor, DType dtype, Layout layout) {
+  const auto [window, step, pad] = pool_arguments("avg_pool2d", kernel_size, stride, padding);
+  if (divisor && *divisor == 0) fail("divisor must be not zero");
+  check_pool(x_size, window, step, pad, {1, 1});
+
+  AvgPool2dProblem p{};
+  p.N = x_size[0], p.C = x_size[1], p.H = x_size[2], p.W = x_size[3];
+  p.R = window.h, p.S = window.w;
+  p.stride_h = step.h, p.stride_w = step.w;
+  p.pad_h = pad.h, p.pad_w = pad.w;
+  p.count_include_pad = count_include_pad, p.divisor = divisor.value_or(0);
+  p.dtype = dtype, p.layout = layout;
+  p.P = pooled_size(p.H, p.R, p.stride_h, p.pad_h, 1, ceil_mode);
+  p.Q = pooled_size(p.W, p.S, p.stride_w, p.pad_w, 1, ceil_mode);
+  check_pooled_size(p.C, p.H, p.W, p.P, p.Q);
+  multiply(p.R, p.S);
+  product({p.N, p.C, p.P, p.Q, element_bytes(dtype)});
+  return p;
+}
+
+AvgPool2dProblem make_adaptive_avg_pool2d_problem(const Sizes& x_size, const Sizes& output_size, DType dtype,
+                                                  Layout layout) {
+  if (output_size.size() != 2) fail("adaptive_avg_pool2d: output_size must be 2");
+  if (output_size[0] < 0 || output_size[1] < 0)
+    fail("adaptive_avg_pool2d: elements of output_size must be greater than or equal to 0 but received {",
+         output_size[0], ", ", output_size[1], "}");
+  if (x_size.size() != 4) fail("adaptive_avg_pool2d(): Expected 3D or 4D tensor, but got ", format_sizes(x_size));
+  AvgPool2dProblem p{};
+  p.N = x_size[0], p.C = x_size[1], p.H = x_size[2], p.W = x_size[3];
+  p.P = output_size[0], p.Q = output_size[1];
+  for (size_t dim : {2, 3})  // a single output of nothing is the mean of nothing, a NaN
+    if (x_size[dim] == 0 && (p.P != 1 || p.Q != 1))
+      fail("adaptive_avg_pool2d(): Expected input to have non-zero size for non-batch dimensions, but input has sizes ",
+           format_sizes(x_size), " with dimension ", dim, " being empty");
+  p.adaptive_h = p.P > 0 && p.H % p.P != 0;
+  p.adaptive_w = p.Q > 0 && p.W % p.Q != 0;
+  p.R = p.P > 0 ? p.H / p.P : 1, p.S = p.Q > 0 ? p.W / p.Q : 1;
+  p.stride_h = std::max<int64_t>(p.R, 1), p.stride_w = std::max<int64_t>(p.S, 1);
+  if (p.adaptive_h) p.R += 2;  // a window can take parts of a row at both ends, and then takes both rows
+  if (p.adaptive_w) p.S += 2;
+  p.dtype = dtype, p.layout = layout;
+  for (int64_t out : {p.P, p.Q}) add(out, 1);
+  multiply(p.P + 1, p.H), multiply(p.Q + 1, p.W);  // where the last window ends
+  product({p.N, p.C, p.P, p.Q, element_bytes(dtype)});
+  return p;
+}
+
+AvgPool2dProblem AvgPool2dProblem::normalized() const {
+  AvgPool2dProblem p = *this;
+  if (C == 1) p.layout = Layout::NCHW;
+  if (p.layout == Layout::NCHW && is_global()) {
+    p.W = p.S = H * W;
+    p.H = p.R = 1;
+  }
+  if (P == 1) p.stride_h = p.R;
+  if (Q == 1) p.stride_w = p.S;
+  p.stride_h = std::clamp<int64_t>(p.stride_h, 1, p.H + 2 * pad_h + 1);
+  p.stride_w = std::clamp<int64_t>(p.stride_w, 1, p.W + 2 * pad_w + 1);
   return p;
 }
 

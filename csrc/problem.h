@@ -57,6 +57,28 @@ struct MaxPool2dProblem {
   int offset_bytes() const { return R * S <= 256 ? 1 : R * S <= 65536 ? 2 : 4; }
 };
 
+// The same window for all outputs or, along an adaptive axis, one that grows and shrinks: output p of P is the mean of
+// rows floor(p·H/P) up to, but not including, ceil((p+1)·H/P); stride and padding then mean nothing.
+struct AvgPool2dProblem {
+  int64_t N, C, H, W;  // x
+  int64_t R, S;        // window; the largest of an adaptive axis
+  int64_t P, Q;        // y
+  int64_t stride_h, stride_w;
+  int64_t pad_h, pad_w;
+  bool adaptive_h, adaptive_w;
+  bool count_include_pad;  // of the elements that a window's sum is divided by
+  int64_t divisor;         // instead of their number; 0: there is none
+  DType dtype;
+  Layout layout;
+
+  int64_t x_elements() const { return N * C * H * W; }
+  int64_t y_elements() const { return N * C * P * Q; }
+  bool is_global() const { return P == 1 && Q == 1 && R == H && S == W && pad_h == 0 && pad_w == 0; }
+  // The same computation, for kernels: without values that have no effect, such as huge strides or the layout of one
+  // channel; and in NCHW a window over all of a plane is one long row.
+  AvgPool2dProblem normalized() const;
+};
+
 // x is N×C×L: L = H·W for images, 1 after a fully connected layer.
 // Statistics and parameters are float64 where x is, float32 otherwise.
 struct BatchNormProblem {
@@ -77,6 +99,14 @@ Conv2dProblem make_conv2d_problem(const Sizes& x_size, const Sizes& w_size, cons
 MaxPool2dProblem make_max_pool2d_problem(const Sizes& x_size, const Sizes& kernel_size, const Sizes& stride,
                                          const Sizes& padding, const Sizes& dilation, bool ceil_mode, DType dtype,
                                          Layout layout);
+
+AvgPool2dProblem make_avg_pool2d_problem(const Sizes& x_size, const Sizes& kernel_size, const Sizes& stride,
+                                         const Sizes& padding, bool ceil_mode, bool count_include_pad,
+                                         std::optional<int64_t> divisor, DType dtype, Layout layout);
+
+// Windows of the sizes that divide x into so many outputs.
+AvgPool2dProblem make_adaptive_avg_pool2d_problem(const Sizes& x_size, const Sizes& output_size, DType dtype,
+                                                  Layout layout);
 
 BatchNormProblem make_batch_norm_problem(const Sizes& x_size, DType dtype, Layout layout);
 

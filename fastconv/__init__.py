@@ -6,8 +6,20 @@ print(fastconv.plan(x, w, padding=1))                   # which kernel, and why
 """
 
 from . import _fake, _flops, _vmap, transforms  # noqa: F401  (register fake kernels, FLOPs, vmap rules, jvps)
-from .functional import batch_norm, conv2d, max_pool2d
-from .modules import BatchNorm2d, Conv2d, MaxPool2d
+from .functional import adaptive_avg_pool2d, avg_pool2d, batch_norm, conv1d, conv2d, max_pool2d
+from .modules import (
+    AdaptiveAvgPool2d,
+    AvgPool2d,
+    BatchNorm1d,
+    BatchNorm2d,
+    Conv1d,
+    Conv2d,
+    LazyBatchNorm1d,
+    LazyBatchNorm2d,
+    LazyConv1d,
+    LazyConv2d,
+    MaxPool2d,
+)
 from .planning import Plan, algorithms, plan
 from .swap import convert, coverage, revert
 from .sync_batch_norm import SyncBatchNorm, convert_sync_batchnorm
@@ -15,13 +27,24 @@ from .sync_batch_norm import SyncBatchNorm, convert_sync_batchnorm
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaptiveAvgPool2d",
+    "AvgPool2d",
+    "BatchNorm1d",
     "BatchNorm2d",
+    "Conv1d",
     "Conv2d",
+    "LazyBatchNorm1d",
+    "LazyBatchNorm2d",
+    "LazyConv1d",
+    "LazyConv2d",
     "MaxPool2d",
     "Plan",
     "SyncBatchNorm",
+    "adaptive_avg_pool2d",
     "algorithms",
+    "avg_pool2d",
     "batch_norm",
+    "conv1d",
     "conv2d",
     "convert",
     "convert_sync_batchnorm",

@@ -48,6 +48,17 @@ def max_pool2d_gather(x, offsets, kernel_size, stride, padding, dilation, ceil_m
     return _empty(x, offsets.shape, channels_last)
 
 
+def avg_pool2d_forward(
+    x, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override, output_size, nhwc
+):
+    size = output_size or F.avg_pool2d(x, kernel_size, stride, padding, ceil_mode).shape[2:]
+    return _empty(x, (*x.shape[:2], *size), nhwc)
+
+
+def avg_pool2d_backward(dy, x_size, *window):
+    return _empty(dy, x_size, window[-1])
+
+
 def _statistics_dtype(x):
     return torch.float64 if x.dtype is torch.float64 else torch.float32
 

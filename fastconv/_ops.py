@@ -17,6 +17,8 @@ OPS = (
     "max_pool2d_backward",
     "max_pool2d_indices",
     "max_pool2d_gather",
+    "avg_pool2d_forward",
+    "avg_pool2d_backward",
     "batch_norm_train",
     "batch_norm_eval",
     "batch_norm_backward",

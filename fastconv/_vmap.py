@@ -95,6 +95,15 @@ def _max_pool2d_gather(info, in_dims, x, offsets, *window):
     return _into_batch(info, in_dims, (x, offsets), lambda x, offsets: _ops.max_pool2d_gather(x, offsets, *window))
 
 
+def _avg_pool2d_forward(info, in_dims, x, *window):
+    return _into_batch(info, in_dims, (x,), lambda x: _ops.avg_pool2d_forward(x, *window))
+
+
+def _avg_pool2d_backward(info, in_dims, dy, x_size, *window):
+    size = (info.batch_size * x_size[0], *x_size[1:])
+    return _into_batch(info, in_dims, (dy,), lambda dy: _ops.avg_pool2d_backward(dy, size, *window))
+
+
 def _batch_norm_train(info, in_dims, x, weight, bias, running_mean, running_var, *rest):
     batch = info.batch_size
     if running_mean is not None and None in in_dims[3:5]:

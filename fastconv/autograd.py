@@ -167,6 +167,39 @@ def max_pool2d_gather(*args):
     return _call(MaxPool2dGather, _ops.max_pool2d_gather, 1, args)
 
 
+class AvgPool2d(Function):
+    """window: (kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override, output_size,
+    channels_last). y is linear in x, so that backward's own derivative is forward."""
+
+    @staticmethod
+    def forward(ctx, x, *window):
+        ctx.x_size, ctx.window = x.shape, window
+        return _ops.avg_pool2d_forward(x, *window)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return avg_pool2d_backward(dy, ctx.x_size, *ctx.window), *(None for _ in ctx.window)
+
+
+class AvgPool2dBackward(Function):
+    @staticmethod
+    def forward(ctx, dy, x_size, *window):
+        ctx.window = window
+        return _ops.avg_pool2d_backward(dy, x_size, *window)
+
+    @staticmethod
+    def backward(ctx, gdx):
+        return avg_pool2d(gdx, *ctx.window), None, *(None for _ in ctx.window)
+
+
+def avg_pool2d(*args):
+    return _call(AvgPool2d, _ops.avg_pool2d_forward, 1, args)
+
+
+def avg_pool2d_backward(*args):
+    return _call(AvgPool2dBackward, _ops.avg_pool2d_backward, 1, args)
+
+
 class BatchNormTrain(Function):
     """Returns y, and the batch's mean and 1/√(var + eps), which are not differentiable."""
 
@@ -287,6 +320,13 @@ def register(namespace):
         dx = max_pool2d_backward(dy, *ctx.saved_tensors, ctx.sizes, *ctx.config)
         return dx, *(None for _ in ctx.config), None
 
+    def avg_pool2d_setup(ctx, inputs, output):
+        x, *window = inputs
+        save(ctx, (), x.shape, window)
+
+    def avg_pool2d_grad(ctx, dy):
+        return avg_pool2d_backward(dy, ctx.sizes, *ctx.config), *(None for _ in ctx.config)
+
     def batch_norm_setup(ctx, inputs, output):
         x, weight, bias, running_mean, running_var, eps, channels_last = inputs
         _save_batch_norm(ctx, x, weight, bias, *_running(x, running_mean, running_var, eps), eps, channels_last)
@@ -302,12 +342,14 @@ def register(namespace):
 
     torch.library.register_autograd(f"{namespace}::conv2d_fprop", conv2d_grad, setup_context=conv2d_setup)
     torch.library.register_autograd(f"{namespace}::max_pool2d_forward", max_pool2d_grad, setup_context=max_pool2d_setup)
+    torch.library.register_autograd(f"{namespace}::avg_pool2d_forward", avg_pool2d_grad, setup_context=avg_pool2d_setup)
     torch.library.register_autograd(f"{namespace}::batch_norm_eval", batch_norm_grad, setup_context=batch_norm_setup)
     for name in (
         "conv2d_dgrad",
         "conv2d_wgrad",
         "max_pool2d_backward",
         "max_pool2d_gather",
+        "avg_pool2d_backward",
         "batch_norm_backward",
         "batch_norm_moments",
         "batch_norm_backward_sums",

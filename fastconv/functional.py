@@ -1,10 +1,12 @@
-"""conv2d, max_pool2d and batch_norm with the signatures and semantics of torch.nn.functional."""
+"""Convolution, pooling and BatchNorm with the signatures and semantics of torch.nn.functional."""
 
 import math
+import re
 import warnings
 
 import torch
 import torch.nn.functional as F
+from torch.nn.modules.utils import _list_with_default
 
 from . import _ops, autograd
 
@@ -122,6 +124,72 @@ def _string_padding(padding, input, weight, stride, dilation):
     return symmetric, input
 
 
+def conv1d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, *, algo=None):
+    """1D convolution (cross-correlation), as torch.nn.functional.conv1d: a conv2d of images one row high.
+
+    Args:
+        input: (N, C, L) or (C, L); float32, float64, float16 or bfloat16, on the CPU or on CUDA. A transposed view is
+            copied first, as by torch.
+        weight: (K, C / groups, S), of input's dtype and device.
+        bias: (K,) or None.
+        stride, padding, dilation: an int or a tuple of one. padding may be 'valid' or, for stride 1, 'same'.
+        groups, algo: as in conv2d.
+
+    Returns:
+        (N, K, Q) with Q = floor((L + 2·padding − dilation·(S − 1) − 1) / stride) + 1, or (K, Q).
+
+    Raises:
+        RuntimeError with torch's text for shapes, dtypes and parameters that torch refuses too.
+        ValueError if `algo` is unknown or cannot do the problem, with the reason.
+    """
+    if not _has_kernel(input):
+        if algo is not None:
+            raise ValueError(f"algo={algo!r}: fastconv has no kernel for {input.dtype} on {input.device.type}")
+        _warn_fallback("conv1d", input)
+        return F.conv1d(input, weight, bias, stride, padding, dilation, groups)
+    if input.dim() not in (2, 3):
+        size = list(input.shape)
+        raise RuntimeError(f"Expected 2D (unbatched) or 3D (batched) input to conv1d, but got input of size: {size}")
+    unbatched = input.dim() == 2
+    if unbatched:
+        input = input.unsqueeze(0)
+    if weight.dim() < 3:
+        raise RuntimeError("weight should have at least three dimensions")
+    if weight.dim() > 3:
+        raise RuntimeError(
+            f"Expected {weight.dim()}-dimensional input for {weight.dim()}-dimensional weight {list(weight.shape)}, "
+            f"but got 3-dimensional input of size {list(input.shape)} instead"
+        )
+    stride, dilation = (1, _single("stride", stride)), (1, _single("dilation", dilation))
+    if not isinstance(padding, str):
+        padding = (0, _single("padding", padding))
+    image = input.contiguous().unsqueeze(2)  # contiguous, so that a transposed view is not taken for channels_last
+    try:
+        y = conv2d(image, weight.unsqueeze(2), bias, stride, padding, dilation, groups, algo=algo).squeeze(2)
+    except RuntimeError as error:
+        if type(error) is not RuntimeError:  # out of memory
+            raise
+        raise RuntimeError(_without_rows(str(error))) from None
+    return y.squeeze(0) if unbatched else y
+
+
+def _single(name, value):
+    values = (value,) if isinstance(value, int) else tuple(value)
+    if len(values) != 1:
+        raise RuntimeError(
+            f"expected {name} to be a single integer value or a list of 1 values to match the convolution dimensions, "
+            f"but got {name}={list(values)}"
+        )
+    return values[0]
+
+
+def _without_rows(text):
+    """conv2d's error text in the sizes that conv1d's caller knows."""
+    if text.startswith("Only zero batch"):  # torch says this one of its own image
+        return text
+    return re.sub(r"\(1 x (\d+)\)", r"(\1)", re.sub(r"\[(\d+), (\d+), 1, (\d+)\]", r"[\1, \2, \3]", text))
+
+
 def max_pool2d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False):
     """2D max pooling, as torch.nn.functional.max_pool2d.
 
@@ -155,6 +223,73 @@ def max_pool2d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode
         return y.squeeze(0) if unbatched else y
     indices = _ops.max_pool2d_indices(offsets, input.shape, *window)
     return (y.squeeze(0), indices.squeeze(0)) if unbatched else (y, indices)
+
+
+def avg_pool2d(
+    input, kernel_size, stride=None, padding=0, ceil_mode=False, count_include_pad=True, divisor_override=None
+):
+    """2D average pooling, as torch.nn.functional.avg_pool2d.
+
+    Args:
+        input: (N, C, H, W) or (C, H, W); float32, float64, float16 or bfloat16, on the CPU or on CUDA. Sums of the last
+            two are float32.
+        kernel_size, stride, padding: an int or a pair (H, W); stride defaults to kernel_size.
+        ceil_mode: round the output size up instead of down.
+        count_include_pad: divide by the number of elements in the window with those of the padding, or without.
+        divisor_override: divide by this number instead.
+
+    Returns:
+        (N, C, P, Q) or (C, P, Q); channels_last if input is.
+
+    Raises:
+        RuntimeError, IndexError with torch's text for shapes and parameters that torch refuses too.
+    """
+    if not _has_kernel(input):
+        _warn_fallback("avg_pool2d", input)
+        return F.avg_pool2d(input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
+    if stride is None or (not isinstance(stride, int) and len(stride) == 0):
+        stride = kernel_size
+    if input.dim() not in (3, 4) or (input.dim() == 3 and 0 in input.shape):  # torch's own error
+        return F.avg_pool2d(input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
+    return _avg_pool2d(input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override, ())
+
+
+def adaptive_avg_pool2d(input, output_size):
+    """2D average pooling to a given size, as torch.nn.functional.adaptive_avg_pool2d.
+
+    y[n, c, p, q] is the mean of rows floor(p·H / P) to ceil((p + 1)·H / P) − 1 of x, and of such columns. Of size 1 it
+    is global average pooling (Lin et al., Network In Network, 2014).
+
+    Args:
+        input: (N, C, H, W) or (C, H, W); float32, float64, float16 or bfloat16, on the CPU or on CUDA.
+        output_size: P = Q or a pair (P, Q); None is the size of input.
+
+    Returns:
+        (N, C, P, Q) or (C, P, Q); channels_last if input is.
+
+    Raises:
+        RuntimeError, ValueError, IndexError with torch's text for shapes and sizes that torch refuses too.
+    """
+    if not _has_kernel(input):
+        _warn_fallback("adaptive_avg_pool2d", input)
+        return F.adaptive_avg_pool2d(input, output_size)
+    size = _list_with_default(output_size, input.shape)
+    size = _pair(size) if isinstance(size, int) else tuple(size)
+    if input.dim() < 2 or (input.dim() == 3 and 0 in input.shape[1:] and size != (1, 1)):  # torch's own error
+        return F.adaptive_avg_pool2d(input, output_size)
+    if size == (1, 1) and input.dim() not in (3, 4):  # torch takes the mean, whatever is in front of the map
+        planes = input.flatten(0, -3) if input.dim() > 2 else input.unsqueeze(0)
+        return adaptive_avg_pool2d(planes, size).reshape(*input.shape[:-2], 1, 1)
+    return _avg_pool2d(input, (), (), (), False, True, None, size)
+
+
+def _avg_pool2d(input, *window):
+    unbatched = input.dim() == 3
+    if unbatched:
+        input = input.unsqueeze(0)
+    channels_last = input.dim() == 4 and _channels_last(input)
+    y = autograd.avg_pool2d(input, *window, channels_last)
+    return y.squeeze(0) if unbatched else y
 
 
 def batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):

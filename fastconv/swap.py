@@ -34,7 +34,7 @@ def _swap(module, classes):
         if target := classes.get(_plain_class(layer)):
             if parametrize.is_parametrized(layer):
                 # parametrize gave this layer a class of its own, derived from the plain one.
-                layer.__class__ = type(target.__name__, (target,), dict(vars(type(layer))))
+                layer.__class__ = type(type(layer).__name__, (target,), dict(vars(type(layer))))
             else:
                 layer.__class__ = target
     return module

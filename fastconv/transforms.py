@@ -157,6 +157,39 @@ class MaxPool2dGather(autograd.MaxPool2dGather):
         return autograd.max_pool2d_gather(gx, offsets, *ctx.window)
 
 
+class AvgPool2d(autograd.AvgPool2d):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, *window):
+        return _ops.avg_pool2d_forward(x, *window)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, *ctx.window = inputs
+        ctx.x_size = x.shape
+
+    @staticmethod
+    def jvp(ctx, gx, *_):
+        return autograd.avg_pool2d(gx, *ctx.window)
+
+
+class AvgPool2dBackward(autograd.AvgPool2dBackward):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(dy, x_size, *window):
+        return _ops.avg_pool2d_backward(dy, x_size, *window)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, ctx.x_size, *ctx.window = inputs
+
+    @staticmethod
+    def jvp(ctx, gdy, *_):
+        return autograd.avg_pool2d_backward(gdy, ctx.x_size, *ctx.window)
+
+
 class BatchNormTrain(autograd.BatchNormTrain):
     generate_vmap_rule = True
 
@@ -217,6 +250,8 @@ for _name in (
     "MaxPool2d",
     "MaxPool2dBackward",
     "MaxPool2dGather",
+    "AvgPool2d",
+    "AvgPool2dBackward",
     "BatchNormTrain",
     "BatchNormEval",
 ):

@@ -101,6 +101,23 @@ void pooling(DType dtype, Layout layout, const cpu::Parallel& parallel) {
   report("pool indices", "", dtype, layout, {index_bytes, index_bytes + 8 * indices.size()}, 8 * p.y_elements());
 }
 
+void averages(DType dtype, Layout layout, const cpu::Parallel& parallel) {
+  const int64_t size = element_bytes(dtype);
+  for (const AvgPool2dProblem& p :
+       {make_avg_pool2d_problem({3, 21, 9, 10}, {3, 2}, {2, 1}, {1, 1}, true, false, std::nullopt, dtype, layout),
+        make_avg_pool2d_problem({3, 21, 9, 40}, {3, 17}, {1, 2}, {1, 1}, false, true, 7, dtype, layout),
+        make_adaptive_avg_pool2d_problem({3, 21, 9, 10}, {1, 1}, dtype, layout),
+        make_adaptive_avg_pool2d_problem({3, 21, 9, 10}, {4, 13}, dtype, layout)}) {
+    const AvgPool2dPlan plan = plan_avg_pool2d(p, {});
+    const Bytes x = values(p.x_elements(), dtype, 1), dy = values(p.y_elements(), dtype, 2);
+    Bytes y = room(p.y_elements() * size), dx = room(p.x_elements() * size);
+    cpu::kernels().avg_pool2d->forward(p, plan, x.data(), y.data(), parallel);
+    cpu::kernels().avg_pool2d->backward(p, plan, dy.data(), dx.data(), parallel);
+    report("average y", "", dtype, layout, y, p.y_elements() * size);
+    report("average dx", "", dtype, layout, dx, p.x_elements() * size);
+  }
+}
+
 void batch_norm(DType dtype, Layout layout, const cpu::Parallel& parallel) {
   const auto p = make_batch_norm_problem({3, 21, 9, 10}, dtype, layout);
   const BatchNormPlan plan = plan_batch_norm(p, {});
@@ -136,6 +153,7 @@ int main(int argc, char** argv) {
     for (Layout layout : layouts) {
       convolutions(dtype, layout, one_thread);
       pooling(dtype, layout, one_thread);
+      averages(dtype, layout, one_thread);
       batch_norm(dtype, layout, one_thread);
     }
 }

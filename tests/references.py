@@ -122,3 +122,14 @@ def max_pool2d_backward_reference(x, dy, kernel_size, stride, padding, dilation,
         dx += torch.autograd.grad(y, leaf, upstream)
     r, s = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
     return Expected(*dx, terms=r * s)
+
+
+def avg_pool2d_reference(pool, x, dy, taps):
+    """Expected y and dx of pool(x), whose weights have all the same sign. `taps`: of the largest window."""
+    results = []
+    for tensor, upstream in ((_double(x), _double(dy)), (_double(x).abs(), _double(dy).abs())):
+        leaf = tensor.contiguous().requires_grad_()
+        y = pool(leaf)
+        results.append((y.detach(), *torch.autograd.grad(y, leaf, upstream)))
+    terms = taps + 3  # the divisor is rounded, its reciprocal may be, and so is the quotient
+    return [Expected(value, magnitude.abs(), terms) for value, magnitude in zip(*results, strict=True)]

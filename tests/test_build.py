@@ -8,6 +8,7 @@ import sys
 
 import check_sass
 import pytest
+import test_avg_pool2d
 import test_batch_norm
 import test_conv2d
 import test_max_pool2d
@@ -81,6 +82,8 @@ def test_every_instruction_set_gives_right_results(isas, isa, dtype):
             x = test_max_pool2d.lay_out(test_max_pool2d.FILLS["NaN and infinities"](size).to(dtype), layout)
             test_max_pool2d.check_values(CPU, x, (3, 2, 1, 1, False))
             test_max_pool2d.check_gradient(CPU, x.nan_to_num(), (3, 2, 1, 1, False))
+            for case in test_avg_pool2d.SAMPLE:
+                test_avg_pool2d.check(CPU, case, test_avg_pool2d.lay_out(torch.randn(case.x).to(dtype), layout))
             test_batch_norm.check(CPU, (torch.randn(size) + 2).to(dtype), layout)
             test_batch_norm.check(CPU, torch.randn(size).to(dtype), layout, training=False)
     if dtype.itemsize == 2:

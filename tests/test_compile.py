@@ -8,6 +8,8 @@ import fastconv
 
 CONFIG = ([2, 1], [1, 0], [1, 2], 2)
 WINDOW = ([3, 2], [2, 1], [1, 0], [1, 1], False)
+AVERAGE = ([3, 2], [2, 1], [1, 0], True, False, None, [])
+ADAPTIVE = ([], [], [], False, True, None, [4, 3])
 
 
 def leaf(*size, layout=torch.contiguous_format):
@@ -31,6 +33,8 @@ def op_arguments(nhwc):
         "max_pool2d_backward": (y.detach(), offsets, x_size, *WINDOW, nhwc),
         "max_pool2d_indices": (offsets, x_size, *WINDOW, nhwc),
         "max_pool2d_gather": (xd, offsets, *WINDOW, nhwc),
+        "avg_pool2d_forward": (x, *AVERAGE, nhwc),
+        "avg_pool2d_backward": (torch.ops.fastconv.avg_pool2d_forward(xd, *ADAPTIVE, nhwc), x_size, *ADAPTIVE, nhwc),
         "batch_norm_train": (xd, mean.clone(), var.clone(), mean, var, 0.1, 1e-5, nhwc),
         "batch_norm_eval": (x, mean.clone(), var.clone(), mean, var, 1e-5, nhwc),
         "batch_norm_backward": (xd, xd, var.clone(), mean, var, True, nhwc),
@@ -69,7 +73,8 @@ class Network(torch.nn.Module):
         self.norm, self.pool = fastconv.BatchNorm2d(6), fastconv.MaxPool2d(3, 2, 1)
 
     def forward(self, x):
-        return self.pool(self.norm(self.spatial(self.pointwise(x).relu())).relu())
+        x = fastconv.avg_pool2d(self.norm(self.spatial(self.pointwise(x).relu())).relu(), 2, 1)
+        return fastconv.adaptive_avg_pool2d(self.pool(x), (None, 3))
 
 
 def check_compiled(compile_backend, layout):
@@ -114,6 +119,20 @@ def test_compile_of_functions_with_every_argument():
         assert torch.equal(a, e)
 
 
+def test_compile_of_layers_for_sequences():
+    model = torch.nn.Sequential(
+        fastconv.Conv1d(4, 6, 3, padding="same"), fastconv.BatchNorm1d(6), fastconv.Conv1d(6, 2, 2, 2, 1, groups=2)
+    )
+    x = torch.randn(3, 4, 10, requires_grad=True)
+    results = []
+    for network in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+        y = network(x)
+        results.append((y, *torch.autograd.grad(y.square().sum(), (x, *model.parameters()))))
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)
+        assert actual.stride() == expected.stride()
+
+
 def test_dynamic_batch_size_compiles_once():
     torch._dynamo.reset()
     graphs = []
@@ -130,11 +149,32 @@ def test_dynamic_batch_size_compiles_once():
     assert len(graphs) == 1
 
 
+def test_dynamic_sizes_of_average_pooling_compile_once():
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    def pool(x):
+        return fastconv.avg_pool2d(x, 3, 2, 1), fastconv.adaptive_avg_pool2d(x, (2, None))
+
+    compiled = torch.compile(pool, backend=backend, dynamic=True, fullgraph=True)
+    for size in ((2, 3, 6, 7), (3, 3, 9, 8), (5, 4, 11, 10)):
+        x = torch.randn(size)
+        for actual, expected in zip(compiled(x), pool(x), strict=True):
+            assert torch.equal(actual, expected)
+    assert len(graphs) == 1
+
+
 def test_meta_tensors():
     x, w = torch.empty(2, 3, 9, 8, device="meta"), torch.empty(4, 3, 3, 2, device="meta")
     assert fastconv.conv2d(x, w, stride=2).shape == (2, 4, 4, 4)
     y, indices = fastconv.max_pool2d(x, 2, return_indices=True)
     assert y.shape == indices.shape == (2, 3, 4, 4) and indices.dtype is torch.int64
+    assert fastconv.avg_pool2d(x, 2, ceil_mode=True).shape == (2, 3, 5, 4)
+    assert fastconv.adaptive_avg_pool2d(x, (3, None)).shape == (2, 3, 3, 8)
     assert fastconv.batch_norm(x, None, None, training=True).shape == x.shape
 
 

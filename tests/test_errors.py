@@ -49,6 +49,43 @@ CONV2D = {
     "padding 'full'": lambda lib: lib.conv2d(image(), filters(), padding="full"),
 }
 
+
+def sequence(*size, dtype=torch.float32):
+    return torch.zeros(size or (2, 4, 8), dtype=dtype)
+
+
+CONV1D = {
+    "channels": lambda lib: lib.conv1d(sequence(), filters(6, 3, 3)),
+    "channels, unbatched": lambda lib: lib.conv1d(sequence(4, 8), filters(6, 3, 3)),
+    "channels with groups": lambda lib: lib.conv1d(sequence(), filters(6, 4, 3), groups=2),
+    "channels with padding by name": lambda lib: lib.conv1d(sequence(), filters(6, 3, 3), padding="same"),
+    "filters not divisible by groups": lambda lib: lib.conv1d(sequence(), filters(5, 2, 3), groups=2),
+    "no filters": lambda lib: lib.conv1d(sequence(), filters(0, 4, 3)),
+    "groups 0": lambda lib: lib.conv1d(sequence(), filters(6, 4, 3), groups=0),
+    "0D input": lambda lib: lib.conv1d(torch.zeros(()), filters(6, 4, 3)),
+    "1D input": lambda lib: lib.conv1d(sequence(8), filters(6, 4, 3)),
+    "4D input": lambda lib: lib.conv1d(sequence(1, 2, 4, 8), filters(6, 4, 3)),
+    "2D weight": lambda lib: lib.conv1d(sequence(), filters(6, 4)),
+    "4D weight": lambda lib: lib.conv1d(sequence(), filters()),
+    "bias of the wrong length": lambda lib: lib.conv1d(sequence(), filters(6, 4, 3), image(5)),
+    "2D bias": lambda lib: lib.conv1d(sequence(), filters(6, 4, 3), image(6, 1)),
+    "stride 0": lambda lib: lib.conv1d(sequence(), filters(6, 4, 3), stride=0),
+    "stride -1": lambda lib: lib.conv1d(sequence(), filters(6, 4, 3), stride=(-1,)),
+    "padding -1": lambda lib: lib.conv1d(sequence(), filters(6, 4, 3), padding=-1),
+    "dilation 0": lambda lib: lib.conv1d(sequence(), filters(6, 4, 3), dilation=0),
+    "dilation -1": lambda lib: lib.conv1d(sequence(), filters(6, 4, 3), dilation=-1),
+    "two strides": lambda lib: lib.conv1d(sequence(), filters(6, 4, 3), stride=(1, 1)),
+    "no stride": lambda lib: lib.conv1d(sequence(), filters(6, 4, 3), stride=()),
+    "two paddings": lambda lib: lib.conv1d(sequence(), filters(6, 4, 3), padding=(1, 1)),
+    "two dilations": lambda lib: lib.conv1d(sequence(), filters(6, 4, 3), dilation=(1, 1)),
+    "kernel larger than the sequence": lambda lib: lib.conv1d(sequence(1, 4, 2), filters(6, 4, 3)),
+    "no elements": lambda lib: lib.conv1d(sequence(2, 4, 0), filters(6, 4, 3), padding=2),
+    "other dtype of the weight": lambda lib: lib.conv1d(sequence(), filters(6, 4, 3, dtype=torch.float64)),
+    "other dtype of the bias": lambda lib: lib.conv1d(sequence(), filters(6, 4, 3), image(6, dtype=torch.float64)),
+    "padding 'same' with a stride": lambda lib: lib.conv1d(sequence(), filters(6, 4, 3), stride=2, padding="same"),
+    "padding 'full'": lambda lib: lib.conv1d(sequence(), filters(6, 4, 3), padding="full"),
+}
+
 MAX_POOL2D = {
     "2D input": lambda lib: lib.max_pool2d(image(4, 8), 2),
     "5D input": lambda lib: lib.max_pool2d(image(1, 2, 4, 8, 8), 2),
@@ -68,6 +105,40 @@ MAX_POOL2D = {
     "three dilations": lambda lib: lib.max_pool2d(image(), 2, 2, 0, (1, 1, 1)),
     "window larger than the image": lambda lib: lib.max_pool2d(image(), 9),
     "dilated window larger than the image": lambda lib: lib.max_pool2d(image(), 3, dilation=(4, 1)),
+}
+
+AVG_POOL2D = {
+    "0D input": lambda lib: lib.avg_pool2d(torch.zeros(()), 2),
+    "2D input": lambda lib: lib.avg_pool2d(image(4, 8), 2),
+    "5D input": lambda lib: lib.avg_pool2d(image(1, 2, 4, 8, 8), 2),
+    "no channels": lambda lib: lib.avg_pool2d(image(2, 0, 8, 8), 2),
+    "no rows": lambda lib: lib.avg_pool2d(image(2, 4, 0, 8), 2),
+    "no channels, unbatched": lambda lib: lib.avg_pool2d(image(0, 8, 8), 2),
+    "kernel 0": lambda lib: lib.avg_pool2d(image(), 0, 1),
+    "kernel 0 without a stride": lambda lib: lib.avg_pool2d(image(), 0),
+    "kernel -1": lambda lib: lib.avg_pool2d(image(), (2, -1), 1),
+    "no kernel size": lambda lib: lib.avg_pool2d(image(), []),
+    "three kernel sizes": lambda lib: lib.avg_pool2d(image(), (2, 2, 2)),
+    "stride 0": lambda lib: lib.avg_pool2d(image(), 2, 0),
+    "stride -1": lambda lib: lib.avg_pool2d(image(), 2, (1, -1)),
+    "three strides": lambda lib: lib.avg_pool2d(image(), 2, (1, 1, 1)),
+    "padding -1": lambda lib: lib.avg_pool2d(image(), 2, 2, (0, -1)),
+    "padding over half the kernel": lambda lib: lib.avg_pool2d(image(), 3, 2, 2),
+    "padding over half the kernel's width": lambda lib: lib.avg_pool2d(image(), (5, 3), 2, (2, 2)),
+    "three paddings": lambda lib: lib.avg_pool2d(image(), 2, 2, (0, 0, 0)),
+    "divisor 0": lambda lib: lib.avg_pool2d(image(), 2, divisor_override=0),
+    "window larger than the image": lambda lib: lib.avg_pool2d(image(), 9),
+    "adaptive: 0D input": lambda lib: lib.adaptive_avg_pool2d(torch.zeros(()), 1),
+    "adaptive: 2D input": lambda lib: lib.adaptive_avg_pool2d(image(4, 8), 2),
+    "adaptive: 2D input for a pair": lambda lib: lib.adaptive_avg_pool2d(image(4, 8), (None, 2)),
+    "adaptive: 5D input": lambda lib: lib.adaptive_avg_pool2d(image(1, 2, 4, 8, 8), 2),
+    "adaptive: no rows": lambda lib: lib.adaptive_avg_pool2d(image(2, 4, 0, 8), 2),
+    "adaptive: no columns, unbatched": lambda lib: lib.adaptive_avg_pool2d(image(4, 8, 0), (None, 1)),
+    "adaptive: size -1": lambda lib: lib.adaptive_avg_pool2d(image(), (-1, 2)),
+    "adaptive: three sizes": lambda lib: lib.adaptive_avg_pool2d(image(), (2, 2, 2)),
+    "adaptive: one size": lambda lib: lib.adaptive_avg_pool2d(image(), (2,)),
+    "adaptive: no size": lambda lib: lib.adaptive_avg_pool2d(image(), None),
+    "adaptive: a fraction": lambda lib: lib.adaptive_avg_pool2d(image(), 2.5),
 }
 
 ONES = torch.ones(4)
@@ -111,9 +182,19 @@ def test_conv2d(name):
     check(CONV2D[name])
 
 
+@pytest.mark.parametrize("name", CONV1D)
+def test_conv1d(name):
+    check(CONV1D[name])
+
+
 @pytest.mark.parametrize("name", MAX_POOL2D)
 def test_max_pool2d(name):
     check(MAX_POOL2D[name])
+
+
+@pytest.mark.parametrize("name", AVG_POOL2D)
+def test_avg_pool2d(name):
+    check(AVG_POOL2D[name])
 
 
 @pytest.mark.parametrize("name", BATCH_NORM)
@@ -127,6 +208,13 @@ def test_layers():
         (fastconv.BatchNorm2d(4), nn.BatchNorm2d(4), image(1, 4, 1, 1)),
         (fastconv.Conv2d(4, 6, 3), nn.Conv2d(4, 6, 3), image(2, 5, 8, 8)),
         (fastconv.MaxPool2d(9), nn.MaxPool2d(9), image()),
+        (fastconv.Conv1d(4, 6, 3), nn.Conv1d(4, 6, 3), image(2, 5, 8)),
+        (fastconv.BatchNorm1d(4), nn.BatchNorm1d(4), image(2, 4, 8, 8)),
+        (fastconv.BatchNorm1d(4), nn.BatchNorm1d(4), image(1, 4)),
+        (fastconv.AvgPool2d(9), nn.AvgPool2d(9), image()),
+        (fastconv.AdaptiveAvgPool2d((-1, 2)), nn.AdaptiveAvgPool2d((-1, 2)), image()),
+        (fastconv.LazyConv2d(6, 3), nn.LazyConv2d(6, 3), image(4, 8)),
+        (fastconv.LazyBatchNorm1d(), nn.LazyBatchNorm1d(), image()),
     ):
         assert raised(lambda lib, x=x: lib(x), ours) == raised(lambda lib, x=x: lib(x), theirs)
 
@@ -148,6 +236,9 @@ def test_gradients_of_the_wrong_size_are_refused():
         fastconv.autograd.conv2d_dgrad(image(2, 6, 6, 6), w, x.shape, *config)
     with pytest.raises(RuntimeError, match=r"expected dy of size \[2, 6, 6, 5\], but got \[2, 6, 5, 5\]"):
         fastconv.autograd.conv2d_wgrad(image(2, 6, 5, 5), x, w.shape, True, *config)
+    window = ((), (), (), False, True, None, (3, 4), False)
+    with pytest.raises(RuntimeError, match=r"expected dy of size \[2, 4, 3, 4\], but got \[2, 4, 4, 3\]"):
+        fastconv.autograd.avg_pool2d_backward(image(2, 4, 4, 3), x.shape, *window)
 
 
 def test_no_sizes_overflow_silently():
@@ -156,3 +247,5 @@ def test_no_sizes_overflow_silently():
         fastconv.conv2d(image(1, 1, 9, 9), w, padding=2**62)
     with pytest.raises(RuntimeError, match="overflow"):
         fastconv.max_pool2d(image(1, 1, 9, 9), 3, dilation=2**62)
+    with pytest.raises(RuntimeError, match="overflow"):
+        fastconv.adaptive_avg_pool2d(image(1, 1, 9, 9), (1, 2**62))

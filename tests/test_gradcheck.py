@@ -28,6 +28,15 @@ WINDOWS = {
     "dilated, ceil": ((2, 3), (2, 2), (1, 1), (2, 1), True),
 }
 
+# kernel, stride, padding, ceil_mode, count_include_pad, divisor_override, output_size
+AVERAGES = {
+    "2x2": ((2, 2), (2, 2), (0, 0), False, True, None, ()),
+    "overlapping, padding not counted": ((3, 2), (2, 1), (1, 1), False, False, None, ()),
+    "ceil, divisor": ((2, 3), (2, 2), (1, 1), True, True, -5, ()),
+    "adaptive": ((), (), (), False, True, None, (3, 4)),
+    "global": ((), (), (), False, True, None, (1, 1)),
+}
+
 
 def leaf(backend, size, layout="contiguous"):
     tensor = torch.randn(size, dtype=torch.float64)
@@ -79,6 +88,12 @@ def test_conv2d_by_algorithm(backend):
         )
 
 
+@pytest.mark.parametrize("config", [(1, 0, 1, 1), (2, 3, 2, 2), (1, "same", 3, 1)], ids=str)
+def test_conv1d(backend, config):
+    inputs = leaf(backend, (2, 4, 9)), leaf(backend, (6, 4 // config[3], 2)), leaf(backend, (6,))
+    check(backend, lambda *inputs: fastconv.conv1d(*inputs, *config), inputs)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", WINDOWS)
 def test_max_pool2d(backend, name, layout):
@@ -94,6 +109,16 @@ def test_max_pool2d_backward_and_gather(backend, name, layout):
     dy = leaf(backend, y.shape, layout)
     check(backend, lambda dy: autograd.max_pool2d_backward(dy, offsets, x.shape, *window), (dy,))
     check(backend, lambda x: autograd.max_pool2d_gather(x, offsets, *window), (x,))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", AVERAGES)
+def test_avg_pool2d_and_its_backward(backend, name, layout):
+    window = (*AVERAGES[name], layout == "channels_last")
+    x = leaf(backend, (2, 2, 5, 6), layout)
+    check(backend, lambda x: autograd.avg_pool2d(x, *window), (x,))
+    dy = leaf(backend, autograd.avg_pool2d(x, *window).shape, layout)
+    check(backend, lambda dy: autograd.avg_pool2d_backward(dy, x.shape, *window), (dy,))
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
@@ -118,6 +143,8 @@ def test_ops_called_directly_keep_their_gradients(backend):
     pooled = distinct(backend, (1, 2, 5, 6), "contiguous")
     window = (*WINDOWS["overlapping"], False)
     assert gradcheck(lambda x: ops.max_pool2d_forward(x, *window, True)[0], (pooled,), fast_mode=True)
+    for average in AVERAGES.values():
+        assert gradcheck(lambda x, a=average: ops.avg_pool2d_forward(x, *a, False), (pooled,), fast_mode=True)
     mean, var = (backend.put(torch.rand(4, dtype=torch.float64)) for _ in range(2))
     weight, bias = leaf(backend, (4,)), leaf(backend, (4,))
     assert gradcheck(
@@ -138,6 +165,7 @@ def test_ops_called_directly_raise_where_they_have_no_derivative(backend):
         lambda: ops.conv2d_dgrad(dy, w, x_size, *config),
         lambda: ops.conv2d_wgrad(dy, x, w_size, True, *config)[0],
         lambda: ops.max_pool2d_backward(y.requires_grad_(), offsets, x_size, *window),
+        lambda: ops.avg_pool2d_backward(y.requires_grad_(), x_size, *AVERAGES["2x2"], False),
         lambda: ops.batch_norm_train(x, None, None, None, None, 0.1, 1e-5, False)[0],
     ):
         with pytest.raises(NotImplementedError, match="differentiable"):

@@ -35,6 +35,24 @@ LAYERS = {
     "batch norm, cumulative average": ("BatchNorm2d", (4,), {"momentum": None}, (3, 4, 5, 6)),
     "batch norm, not affine": ("BatchNorm2d", (4,), {"affine": False}, (3, 4, 5, 6)),
     "batch norm, no statistics": ("BatchNorm2d", (4,), {"track_running_stats": False}, (3, 4, 5, 6)),
+    "average pool": ("AvgPool2d", (2,), {}, (2, 4, 7, 8)),
+    "average pool, all arguments": (
+        "AvgPool2d", ((3, 2), (2, 1), (1, 0), True, False), {"divisor_override": 4}, (2, 4, 7, 8)
+    ),
+    "average pool, unbatched": ("AvgPool2d", (3, 2), {"padding": 1, "count_include_pad": False}, (4, 7, 8)),
+    "adaptive average pool": ("AdaptiveAvgPool2d", ((3, None),), {}, (2, 4, 7, 8)),
+    "global average pool": ("AdaptiveAvgPool2d", (1,), {}, (2, 4, 7, 8)),
+    "conv1d": ("Conv1d", (4, 6, 3), {}, (2, 4, 9)),
+    "conv1d, all arguments": (
+        "Conv1d", (4, 6, 3), {"stride": 2, "padding": 3, "dilation": 2, "groups": 2, "bias": False}, (2, 4, 9)
+    ),
+    "conv1d, same": ("Conv1d", (4, 6, 4), {"padding": "same"}, (2, 4, 9)),
+    "conv1d, circular": ("Conv1d", (4, 6, 3), {"padding": 2, "padding_mode": "circular"}, (2, 4, 9)),
+    "conv1d, reflect same": ("Conv1d", (4, 6, 4), {"padding": "same", "padding_mode": "reflect"}, (2, 4, 9)),
+    "conv1d, unbatched": ("Conv1d", (4, 6, 3), {}, (4, 9)),
+    "batch norm 1d": ("BatchNorm1d", (4,), {}, (5, 4)),
+    "batch norm 1d of sequences": ("BatchNorm1d", (4,), {"eps": 1e-3, "momentum": None}, (5, 4, 3)),
+    "batch norm 1d, no statistics": ("BatchNorm1d", (4,), {"track_running_stats": False, "affine": False}, (5, 4)),
 }  # fmt: skip
 
 NETWORKS = {
@@ -47,10 +65,18 @@ NETWORKS = {
 def pair(name, dtype=torch.float64):
     """Ours and torch's, with the same parameters, and an input."""
     kind, arguments, keywords, size = LAYERS[name]
-    theirs = getattr(nn, kind)(*arguments, **keywords, **({"dtype": dtype} if kind != "MaxPool2d" else {}))
-    ours = getattr(fastconv, kind)(*arguments, **keywords, **({"dtype": dtype} if kind != "MaxPool2d" else {}))
+    keywords = keywords if "Pool" in kind else {**keywords, "dtype": dtype}
+    theirs, ours = (getattr(library, kind)(*arguments, **keywords) for library in (nn, fastconv))
     ours.load_state_dict(theirs.state_dict())
     return ours, theirs, torch.randn(size, dtype=dtype)
+
+
+def saved(thing, **keywords):
+    """What torch.load gives of it after torch.save."""
+    buffer = io.BytesIO()
+    torch.save(thing, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, **keywords)
 
 
 def as_tuple(result):
@@ -106,10 +132,12 @@ def test_repr_state_dict_and_pickle(name):
     a, b = again(x), copy.deepcopy(ours)(x)
     for p, q in zip(as_tuple(a), as_tuple(b), strict=True):
         assert torch.equal(p, q)
-    buffer = io.BytesIO()
-    torch.save(ours.state_dict(), buffer)
-    buffer.seek(0)
-    theirs.load_state_dict(torch.load(buffer))
+    theirs.load_state_dict(saved(ours.state_dict()))
+    ours.load_state_dict(saved(theirs.state_dict()))
+    again = saved(ours, weights_only=False)
+    assert type(again) is type(ours) and repr(again) == repr(ours)
+    for key, value in theirs.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -148,7 +176,8 @@ def test_convert_and_revert_keep_everything_but_the_classes(name):
     parameters = [id(p) for p in model.parameters()]
     fastconv.convert(model)
     converted = [type(m) for m in model.modules()]
-    swaps = {nn.Conv2d: fastconv.Conv2d, nn.MaxPool2d: fastconv.MaxPool2d, nn.BatchNorm2d: fastconv.BatchNorm2d}
+    names = ("Conv2d", "MaxPool2d", "AdaptiveAvgPool2d", "BatchNorm2d")
+    swaps = {getattr(nn, name): getattr(fastconv, name) for name in names}
     assert converted == [swaps.get(c, c) for c in classes] and converted != classes
     assert [id(p) for p in model.parameters()] == parameters and repr(model) == before
     fastconv.convert(model)
@@ -195,19 +224,87 @@ def test_subclasses_are_left_alone():
     assert type(fastconv.revert(model)[0]) is Scaled
 
 
-def test_parametrized_layers_are_converted():
-    theirs = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3).double())
-    ours = fastconv.convert(copy.deepcopy(theirs))
-    assert isinstance(ours, fastconv.Conv2d)
+PARAMETRIZED = {
+    "weight_norm": nn.utils.parametrizations.weight_norm,
+    "spectral_norm": nn.utils.parametrizations.spectral_norm,
+    "weight_norm by a hook": nn.utils.weight_norm,
+    "spectral_norm by a hook": nn.utils.spectral_norm,
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+@pytest.mark.parametrize("layer", [lambda: nn.Conv2d(3, 4, 3), lambda: nn.Conv1d(3, 4, 3)], ids=["2D", "1D"])
+@pytest.mark.parametrize("name", PARAMETRIZED)
+def test_parametrized_layers_are_converted(name, layer):
+    theirs = PARAMETRIZED[name](layer().double())
+    kind, text = nn.Conv2d if isinstance(theirs, nn.Conv2d) else nn.Conv1d, repr(theirs)
+    ours = copy.deepcopy(theirs) if "hook" not in name else PARAMETRIZED[name](layer().double())
+    ours.load_state_dict(theirs.state_dict())
+    assert fastconv.convert(ours) is ours and repr(ours) == text
+    assert isinstance(ours, getattr(fastconv, kind.__name__)) and fastconv.coverage(ours)[0].swapped
     x = torch.randn(2, 3, 5, 6, dtype=torch.float64)
-    assert_close(ours(x), theirs(x))
-    (ours(x) ** 2).sum().backward(), (theirs(x) ** 2).sum().backward()
-    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
-        assert_close(a.grad, b.grad)
-    assert not isinstance(fastconv.revert(ours), fastconv.Conv2d) and isinstance(ours, nn.Conv2d)
+    x = x if kind is nn.Conv2d else x[:, :, 0]
+    a, b = ours(x), theirs(x)
+    assert_close(a, b)
+    a.square().sum().backward(), b.square().sum().backward()
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert_close(p.grad, q.grad)
+    fastconv.revert(ours)
+    assert isinstance(ours, kind) and not isinstance(ours, getattr(fastconv, kind.__name__)) and repr(ours) == text
+    if "hook" not in name:
+        nn.utils.parametrize.remove_parametrizations(ours, "weight")
+    assert type(ours) is kind
 
 
-def test_a_converted_layer_runs_fastconvs_kernels(monkeypatch):
+LAZY = {
+    "LazyConv1d": ((6, 3), (2, 4, 9), "Conv1d"),
+    "LazyConv2d": ((6, 3), (2, 4, 7, 8), "Conv2d"),
+    "LazyBatchNorm1d": ((), (5, 4), "BatchNorm1d"),
+    "LazyBatchNorm2d": ((), (2, 4, 7, 8), "BatchNorm2d"),
+}
+
+
+@pytest.mark.parametrize("name", LAZY)
+def test_lazy_layers_become_fastconvs(name, monkeypatch):
+    arguments, size, becomes = LAZY[name]
+    called = record_ops(monkeypatch)
+    x, theirs = torch.randn(size), getattr(nn, name)(*arguments)
+    lazy = (
+        getattr(fastconv, name)(*arguments),
+        fastconv.convert(getattr(nn, name)(*arguments)),
+        saved(getattr(fastconv, name)(*arguments), weights_only=False),
+    )
+    before, after = repr(theirs), theirs(x)
+    for layer in lazy:
+        assert type(layer) is getattr(fastconv, name) and repr(layer) == before
+        called.clear()
+        layer(x)  # the dry run
+        assert called and type(layer) is getattr(fastconv, becomes) and repr(layer) == repr(theirs)
+        layer.load_state_dict(theirs.state_dict())
+        theirs.load_state_dict(layer.state_dict())
+        theirs.train(), layer.train()
+        torch.testing.assert_close(layer(x), after)
+        assert type(fastconv.revert(layer)) is getattr(nn, becomes)
+
+
+@pytest.mark.parametrize("name", LAZY)
+def test_lazy_layers_take_their_size_from_a_state_dict_and_are_reverted(name):
+    arguments, size, becomes = LAZY[name]
+    x, full = torch.randn(size), getattr(nn, name)(*arguments)
+    full(x)
+    layer = fastconv.convert(getattr(nn, name)(*arguments))
+    layer.load_state_dict(full.state_dict())
+    layer.eval(), full.eval()
+    torch.testing.assert_close(layer(x), full(x))
+    assert type(layer) is getattr(fastconv, becomes)
+    untouched = fastconv.revert(fastconv.convert(getattr(nn, name)(*arguments)))
+    assert type(untouched) is getattr(nn, name)
+    untouched(x)
+    assert type(untouched) is getattr(nn, becomes)
+
+
+def record_ops(monkeypatch):
+    """A list of the ops that are called from now on."""
     called = []
 
     def recording(name, op):
@@ -215,12 +312,40 @@ def test_a_converted_layer_runs_fastconvs_kernels(monkeypatch):
 
     for name in fastconv._ops.OPS:
         monkeypatch.setattr(fastconv._ops, name, recording(name, getattr(fastconv._ops, name)))
-    model = fastconv.convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.MaxPool2d(2)))
-    model(torch.randn(2, 3, 6, 7)).sum().backward()
-    assert set(called) == {
-        "conv2d_fprop", "batch_norm_train", "max_pool2d_forward",
-        "max_pool2d_backward", "batch_norm_backward", "conv2d_wgrad",
+    return called
+
+
+def test_converted_layers_run_fastconvs_kernels(monkeypatch):
+    called = record_ops(monkeypatch)
+    model = fastconv.convert(
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.MaxPool2d(2), nn.AvgPool2d(2), nn.AdaptiveAvgPool2d(1))
+    )
+    model(torch.randn(2, 3, 10, 11)).sum().backward()
+    assert called == [
+        "conv2d_fprop", "batch_norm_train", "max_pool2d_forward", "avg_pool2d_forward", "avg_pool2d_forward",
+        "avg_pool2d_backward", "avg_pool2d_backward", "max_pool2d_backward", "batch_norm_backward", "conv2d_wgrad",
+    ]  # fmt: skip
+    called.clear()
+    sequences = fastconv.convert(nn.Sequential(nn.Conv1d(3, 4, 3), nn.BatchNorm1d(4)))
+    sequences(torch.randn(2, 3, 10)).sum().backward()
+    assert called == ["conv2d_fprop", "batch_norm_train", "batch_norm_backward", "conv2d_wgrad"]
+
+
+def test_every_layer_is_converted_and_reverted():
+    layers = {
+        "Conv1d": (3, 4, 2), "Conv2d": (3, 4, 2), "MaxPool2d": (2,), "AvgPool2d": (2,), "AdaptiveAvgPool2d": (2,),
+        "BatchNorm1d": (3,), "BatchNorm2d": (3,), "LazyConv1d": (4, 2), "LazyConv2d": (4, 2), "LazyBatchNorm1d": (),
+        "LazyBatchNorm2d": (),
     }  # fmt: skip
+    assert set(layers) == {n for n in fastconv.__all__ if isinstance(getattr(fastconv, n), type) and hasattr(nn, n)}
+    model = nn.Sequential(*(getattr(nn, name)(*arguments) for name, arguments in layers.items()))
+    text = repr(model)
+    assert not any(row.swapped for row in fastconv.coverage(model))
+    fastconv.convert(model)
+    assert [type(m) for m in model] == [getattr(fastconv, name) for name in layers] and repr(model) == text
+    assert all(row.swapped for row in fastconv.coverage(model))
+    fastconv.revert(model)
+    assert [type(m) for m in model] == [getattr(nn, name) for name in layers]
 
 
 def test_coverage_says_what_was_swapped_and_why_not():

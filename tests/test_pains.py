@@ -80,6 +80,13 @@ def test_34083_offsets_and_indices_beyond_2_31_in_pooling(backend, layout):
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "NHWC"])
+def test_34083_offsets_beyond_2_31_in_average_pooling(backend, layout):
+    x, step = huge_image(layout)
+    y = fastconv.avg_pool2d(backend.put(x), 1, step)
+    assert torch.equal(y.cpu(), x[:, :, ::step, ::step])
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "NHWC"])
 def test_150700_bfloat16_gradients_agree_with_float64(backend, layout):
     x, w, b = torch.randn(4, 24, 9, 8), torch.randn(20, 24, 3, 3), torch.randn(20)
     x, w, b, dy = (t.bfloat16() for t in (x, w, b, torch.randn(4, 20, 9, 8)))

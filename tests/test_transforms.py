@@ -76,6 +76,19 @@ def test_vmap_of_max_pool2d_and_its_gradient(layout):
     assert_close(vmap(gradient)(x), loop(gradient, (0,), 3, x))
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "NHWC"])
+@pytest.mark.parametrize("name", ["avg_pool2d", "adaptive_avg_pool2d"])
+def test_vmap_of_avg_pool2d_and_its_gradient(name, layout):
+    pool = functions()[name][0]
+    x = torch.stack([random(2, 3, 7, 8).contiguous(memory_format=layout) for _ in range(3)])
+
+    def gradient(x):
+        return grad(lambda x: pool(x).square().sum())(x)
+
+    assert_close(vmap(pool)(x), loop(pool, (0,), 3, x))
+    assert_close(vmap(gradient)(x), loop(gradient, (0,), 3, x))
+
+
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("in_dims", [(0, None, None), (1, 0, None), (2, 1, 0), (None, 0, 0)], ids=str)
 def test_vmap_of_batch_norm_and_its_gradients(in_dims, training):
@@ -108,7 +121,13 @@ def functions():
     mean, var = random(4), random(4).square() + 0.1
     return {
         "conv2d": (lambda *t: fastconv.conv2d(*t, *CONFIG, 2), (random(2, 4, 5, 4), random(6, 2, 2, 2), random(6))),
+        "conv1d": (lambda *t: fastconv.conv1d(*t, 2, 1, 2, 2), (random(2, 4, 9), random(6, 2, 3), random(6))),
         "max_pool2d": (lambda x: fastconv.max_pool2d(x, *WINDOW), (distinct(2, 2, 5, 6),)),
+        "avg_pool2d": (
+            lambda x: fastconv.avg_pool2d(x, (3, 2), (2, 1), (1, 0), True, False),
+            (random(2, 2, 5, 6),),
+        ),
+        "adaptive_avg_pool2d": (lambda x: fastconv.adaptive_avg_pool2d(x, (3, 4)), (random(2, 2, 5, 6),)),
         "batch_norm, training": (
             lambda *t: fastconv.batch_norm(t[0], None, None, *t[1:], training=True),
             (random(3, 4, 2, 3), random(4), random(4)),
@@ -120,7 +139,8 @@ def functions():
     }
 
 
-FUNCTIONS = ("conv2d", "max_pool2d", "batch_norm, training", "batch_norm, evaluation")
+POOLS = ("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d")
+FUNCTIONS = ("conv2d", "conv1d", *POOLS, "batch_norm, training", "batch_norm, evaluation")
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -145,7 +165,7 @@ def test_forward_mode_of_each_input_alone(name):
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_jacobians_and_hessians_agree_in_every_mode(name):
     function, (x, *rest) = functions()[name]
-    x = x[:2, :2] if name == "max_pool2d" else x
+    x = x[:2, :2] if name in POOLS else x
 
     def scalar(x):
         return function(x, *rest).sin().sum()

@@ -6,16 +6,22 @@
 
 namespace fastconv::cpu {
 
-#define FASTCONV_DECLARE_ISA(isa)              \
-  namespace isa {                              \
-  extern const Conv2dKernels conv2d_direct;    \
-  extern const Conv2dKernels conv2d_im2col;    \
-  extern const Conv2dKernels conv2d_depthwise; \
-  extern const MaxPool2dKernels max_pool2d;    \
-  extern const BatchNormKernels batch_norm;    \
-  }                                            \
-  static const Kernels isa##_kernels = {       \
-      #isa, &isa::conv2d_direct, &isa::conv2d_im2col, &isa::conv2d_depthwise, &isa::max_pool2d, &isa::batch_norm}
+#define FASTCONV_DECLARE_ISA(isa)                               \
+  namespace isa {                                               \
+  extern const Conv2dKernels conv2d_direct;                     \
+  extern const Conv2dKernels conv2d_im2col;                     \
+  extern const Conv2dKernels conv2d_depthwise;                  \
+  extern const MaxPool2dKernels max_pool2d;                     \
+  extern const AvgPool2dKernels avg_pool2d;                     \
+  extern const BatchNormKernels batch_norm;                     \
+  }                                                             \
+  static const Kernels isa##_kernels = {#isa,                   \
+                                        &isa::conv2d_direct,    \
+                                        &isa::conv2d_im2col,    \
+                                        &isa::conv2d_depthwise, \
+                                        &isa::max_pool2d,       \
+                                        &isa::avg_pool2d,       \
+                                        &isa::batch_norm}
 
 FASTCONV_DECLARE_ISA(baseline);
 #if defined(__x86_64__)

@@ -45,6 +45,12 @@ struct MaxPool2dKernels {
   void (*gather)(const MaxPool2dProblem&, const void* x, const void* offsets, void* y, const Parallel&);
 };
 
+struct AvgPool2dKernels {
+  void (*forward)(const AvgPool2dProblem&, const AvgPool2dPlan&, const void* x, void* y, const Parallel&);
+  // dx gathers from every window that covers it; every element written once.
+  void (*backward)(const AvgPool2dProblem&, const AvgPool2dPlan&, const void* dy, void* dx, const Parallel&);
+};
+
 // weight, bias, mean, invstd, running_*, dweight, dbias: C values of the statistics' type (float64 for float64 x,
 // float32 otherwise). weight, bias and the running pair may be null.
 struct BatchNormKernels {
@@ -74,6 +80,7 @@ struct Kernels {
   const Conv2dKernels* im2col;
   const Conv2dKernels* depthwise;
   const MaxPool2dKernels* max_pool2d;
+  const AvgPool2dKernels* avg_pool2d;
   const BatchNormKernels* batch_norm;
 };
 

@@ -46,6 +46,10 @@ Status max_pool2d_backward(const MaxPool2dProblem&, const MaxPool2dPlan&, const 
 Status max_pool2d_indices(const MaxPool2dProblem&, const void* offsets, int64_t* indices, Stream);
 Status max_pool2d_gather(const MaxPool2dProblem&, const void* x, const void* offsets, void* y, Stream);
 
+// avg_pool2d.cu
+Status avg_pool2d_forward(const AvgPool2dProblem&, const AvgPool2dPlan&, const void* x, void* y, Stream);
+Status avg_pool2d_backward(const AvgPool2dProblem&, const AvgPool2dPlan&, const void* dy, void* dx, Stream);
+
 // batch_norm.cu
 Status batch_norm_train(const BatchNormProblem&, const BatchNormPlan&, const void* x, const void* weight,
                         const void* bias, void* running_mean, void* running_var, double momentum, double eps, void* y,
@@ -71,6 +75,8 @@ struct Launchers {
   decltype(&fastconv::cuda::max_pool2d_backward) max_pool2d_backward;
   decltype(&fastconv::cuda::max_pool2d_indices) max_pool2d_indices;
   decltype(&fastconv::cuda::max_pool2d_gather) max_pool2d_gather;
+  decltype(&fastconv::cuda::avg_pool2d_forward) avg_pool2d_forward;
+  decltype(&fastconv::cuda::avg_pool2d_backward) avg_pool2d_backward;
   decltype(&fastconv::cuda::batch_norm_train) batch_norm_train;
   decltype(&fastconv::cuda::batch_norm_eval) batch_norm_eval;
   decltype(&fastconv::cuda::batch_norm_backward) batch_norm_backward;

@@ -30,6 +30,15 @@ STABLE_TORCH_LIBRARY(FASTCONV_NAMESPACE, m) {
       "max_pool2d_gather(Tensor x, Tensor offsets, int[2] kernel_size, int[2] stride, int[2] padding, "
       "int[2] dilation, bool ceil_mode, bool channels_last) -> Tensor");
 
+  // With an output_size the pooling is adaptive, and the arguments before it are not looked at.
+  m.def(
+      "avg_pool2d_forward(Tensor x, int[2] kernel_size, int[2] stride, int[2] padding, bool ceil_mode, "
+      "bool count_include_pad, int? divisor_override, SymInt[] output_size, bool channels_last) -> Tensor");
+  m.def(
+      "avg_pool2d_backward(Tensor dy, SymInt[] x_size, int[2] kernel_size, int[2] stride, int[2] padding, "
+      "bool ceil_mode, bool count_include_pad, int? divisor_override, SymInt[] output_size, bool channels_last) "
+      "-> Tensor");
+
   m.def(
       "batch_norm_train(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
       "float momentum, float eps, bool channels_last) -> (Tensor, Tensor, Tensor)");
