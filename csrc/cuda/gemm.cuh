@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(tile* tile / 64, gemm_blocks_per_sm<T, tile>)
 
   // Neighbouring blocks share the larger matrix: the index with fewer tiles runs fastest.
   int block = blockIdx.x;
-  const bool m_first = g.tiles_m <= g.tiles_n;
+  const bool m_first = g.tiles_m <= g.tiles_n;  // redundant: any order of the blocks gives the same result
   const int fast = block % (m_first ? g.tiles_m : g.tiles_n);
   block /= m_first ? g.tiles_m : g.tiles_n;
   const int slow = block % (m_first ? g.tiles_n : g.tiles_m);
@@ -150,7 +150,7 @@ __global__ void __launch_bounds__(tile* tile / 64, gemm_blocks_per_sm<T, tile>)
   acc sums[8][8] = {};
   acc row_sum = 0;
   const bool sum_rows = g.row_sums && n0 == 0 && thread < tile;
-  if (k_begin < k_end) {
+  if (k_begin < k_end) {  // redundant: an empty split would store zeros that nobody multiplies
     fetch(k_begin);
     store(0);
   }
