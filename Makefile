@@ -19,7 +19,7 @@ ENVIRONMENT := .venv/ready
 endif
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: bench test build lint format cuda-check check-machine check-environment clean
+.PHONY: bench test build lint format cuda-check mutate check-machine check-environment clean
 
 bench: build
 	$(PYTHON) benchmarks/run.py --quick
@@ -45,6 +45,11 @@ format: $(ENVIRONMENT)
 # Reads the compiler's reports that the build left: no warnings, no spills.
 cuda-check: build
 	$(PYTHON) tests/check_ptxas.py
+
+# Breaks the CUDA kernels in small ways and shows what the emulated tests do not notice: takes an hour.
+mutate: build
+	$(PYTHON) setup.py --quiet build_ext --inplace --emulated
+	$(PYTHON) tests/mutate.py
 
 .venv/ready: Makefile | check-machine
 	python3 -m venv .venv
