@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(tile* tile / 64, gemm_blocks_per_sm<T, tile>)
   int buffer = 0;
 #pragma unroll 1
   for (int k = k_begin; k < k_end; k += gemm_depth, buffer ^= 1) {
-    const bool more = k + gemm_depth < k_end;
+    const bool more = k + gemm_depth < k_end;  // redundant: beyond the end, zeros that nobody multiplies are stored
     if (more) fetch(k + gemm_depth);
 #pragma unroll(sizeof(T) == 8 ? 2 : 4)  // all eight at once would spill
     for (int step = 0; step < gemm_depth; ++step) {
