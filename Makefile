@@ -23,7 +23,7 @@ ENVIRONMENT := .venv/ready
 endif
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: bench test test-emulated build lint format cuda-check gpu-check check-machine check-environment clean
+.PHONY: bench test test-emulated build lint format cuda-check gpu-check mutate check-machine check-environment clean
 
 bench: build
 	$(PYTHON) benchmarks/run.py --quick
@@ -72,6 +72,11 @@ cuda-check: build
 
 gpu-check:
 	$(PYTHON) tests/gpu_check.py
+
+# Breaks the CUDA kernels in small ways and shows what the emulated tests do not notice: takes an hour.
+mutate: build
+	$(PYTHON) setup.py --quiet build_ext --inplace --emulated
+	$(PYTHON) tests/mutate.py
 
 .venv/ready: Makefile | check-machine
 	python3 -m venv .venv

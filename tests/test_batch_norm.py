@@ -8,9 +8,9 @@ from references import LOW_PRECISION, largest_error
 
 import fastconv
 
-IMAGES = [(4, 3, 5, 7), (1, 5, 3, 4), (3, 1, 6, 2), (9, 4, 1, 1), (2, 70, 3, 1)]
+IMAGES = [(4, 3, 5, 7), (1, 5, 3, 4), (3, 1, 6, 2), (9, 4, 1, 1), (2, 70, 3, 1), (3, 5, 2, 4), (2, 16, 3, 5)]
 OTHERS = [(7, 17), (2, 1), (5, 6, 9), (2, 3, 2, 3, 4)]  # after a fully connected layer, sequences, volumes
-MEDIUM_SIZES = [(4, 3, 50, 51), (300, 70), (2, 130, 9, 8), (1, 2, 90, 91), (65, 33, 3, 2), (3, 5, 700)]
+MEDIUM_SIZES = [(4, 3, 50, 51), (300, 70), (2, 130, 9, 8), (1, 2, 90, 91), (65, 33, 3, 2), (3, 5, 700), (3, 2, 91, 127)]
 LARGE_SIZES = [(4, 40, 37, 41), (33, 300), (2, 130, 14, 15), (3, 5, 130, 121), (300, 70, 2, 3), (1, 2, 300, 301)]
 LAYOUTS = ("contiguous", "channels_last", "slices")
 RESULTS = ("y", "dx", "dweight", "dbias", "running_mean", "running_var")
@@ -68,7 +68,7 @@ def test_forward_backward_and_statistics(backend, size, layout, training):
 def test_dtypes(backend, dtype, parameters, training):
     if parameters == "float32" and dtype is torch.float64:
         pytest.skip("float64 input takes float64 parameters only")
-    for size in ((4, 3, 5, 7), (9, 12)):
+    for size in ((4, 3, 5, 7), (9, 12), *IMAGES[5:]):
         for layout in ("contiguous", "channels_last"):
             kind = torch.float32 if parameters == "float32" else dtype
             x = (torch.randn(size) + 1).to(dtype)
@@ -79,7 +79,7 @@ def test_dtypes(backend, dtype, parameters, training):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("size", MEDIUM_SIZES, ids=str)
 def test_medium(backend, size, layout, training):
-    for dtype in (torch.float32, torch.float16):
+    for dtype in (torch.float32, torch.float16, torch.float64):
         check(backend, (torch.randn(size) * 3 - 1).to(dtype), layout, training)
 
 
@@ -95,6 +95,24 @@ def test_large(native_backend, size, layout, training):
 def test_mean_much_larger_than_deviation(backend, layout):
     for size in ((2, 3, 2, 2), (4, 3, 6, 5), (9, 6)):
         check(backend, torch.randn(size) + 3000, layout)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_squares_that_overflow_float32(backend, layout, dtype):
+    """Their sums do too, but not the variance."""
+    for size in (*IMAGES[5:], (4, 3, 5, 7), (9, 6)):
+        check(backend, ((torch.rand(size) - 0.5) * 2.0**65).to(dtype), layout, parameters=torch.float32)
+
+
+def test_the_op_itself_takes_one_value_a_channel(backend):
+    """Which fastconv.batch_norm refuses, as torch does. The variance is then 0, by either formula."""
+    x, weight, bias, mean, var = (backend.put(t) for t in (torch.randn(1, 4), *torch.randn(3, 4), torch.rand(4)))
+    expected = 0.75 * mean + 0.25 * x[0], 0.75 * var
+    y = fastconv._ops.batch_norm_train(x, weight, bias, mean, var, 0.25, 1e-5, False)[0]
+    assert torch.equal(y[0], bias)
+    for statistic, value in zip((mean, var), expected, strict=True):
+        assert (statistic - value).abs().max() <= 2**-22 * value.abs().max()
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])

@@ -57,6 +57,11 @@ CASES = [
     Case("odd channels", (1, 17, 5, 6), (19, 17, 3, 2), padding=(1, 0)),
     Case("one image row", (2, 3, 1, 13), (4, 3, 1, 4), stride=(1, 2), padding=(0, 1)),
     Case("one image column", (2, 3, 13, 1), (4, 3, 4, 1), stride=(2, 1), padding=(1, 0)),
+    Case("depthwise 3x3", (2, 5, 7, 6), (10, 1, 3, 3), padding=(1, 0), groups=5),
+    Case("depthwise 3x3, stride 2", (2, 5, 9, 8), (5, 1, 3, 3), (2, 2), (1, 2), groups=5),
+    Case("depthwise 3x3, stride 2, even padding", (1, 3, 10, 7), (6, 1, 3, 3), (2, 2), (0, 1), groups=3),
+    Case("depthwise 3x3, stride 2, no padding of rows", (2, 3, 8, 7), (3, 1, 3, 3), (2, 2), (2, 0), groups=3),
+    Case("depthwise, large filter", (2, 3, 8, 9), (6, 1, 5, 4), padding=(2, 1), groups=3),
 ]
 
 # Large enough for full tiles, several blocks and split contractions, also where kernels are emulated.
@@ -71,6 +76,10 @@ MEDIUM_CASES = [
     Case("medium groups", (2, 48, 9, 10), (96, 6, 3, 3), padding=(1, 1), groups=8),
     Case("medium dilated", (1, 33, 14, 15), (34, 33, 3, 3), padding=(4, 3), dilation=(4, 3)),
     Case("large batch", (37, 5, 6, 7), (6, 5, 3, 2), padding=(1, 0)),
+    # So many taps that they come in parts, also where there is room for only 30 at a time.
+    Case("wide filters", (1, 33, 3, 19), (34, 33, 2, 17), padding=(1, 0)),
+    Case("very wide filter", (2, 2, 3, 310), (3, 2, 2, 290)),
+    Case("very tall filter", (2, 2, 310, 3), (3, 2, 290, 2)),
 ]
 
 LARGE_CASES = [
@@ -164,7 +173,7 @@ def test_forward_and_gradients(backend, case, layout):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("case", CASES[:6] + CASES[11:14], ids=str)
+@pytest.mark.parametrize("case", CASES[:6] + CASES[11:14] + CASES[25:], ids=str)
 def test_dtypes(backend, case, layout, dtype):
     check(backend, case, dtype, layout, compare_with_torch=dtype is not torch.float64)
 
@@ -184,6 +193,16 @@ def test_algorithms(backend, case, layout, algo):
         pytest.skip("multiplies 16 bits and tf32: test_conv2d_mma.py")
     algorithm_or_skip(backend, case, algo)
     check(backend, case, torch.float32, layout, algo)
+
+
+@pytest.mark.parametrize("algo", ["direct_naive", "direct", "im2col"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_dtypes_by_algorithm(backend, layout, dtype, algo):
+    if algo not in backend.algorithms:
+        pytest.skip(f"{algo} is not an algorithm of this backend")
+    for case in (CASES[1], CASES[5]):
+        check(backend, case, dtype, layout, algo)
 
 
 def test_every_algorithm_is_tested(backend):
@@ -219,6 +238,27 @@ def test_large(native_backend, case, layout):
 def test_large_by_algorithm(native_backend, case, dtype, algo):
     algorithm_or_skip(native_backend, case, algo)
     check(native_backend, case, dtype, "channels_last", algo)
+
+
+@pytest.mark.parametrize("which", ["x", "dy"])
+@pytest.mark.parametrize("algo", ["direct_naive", "direct", "im2col"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_an_infinity_reaches_only_what_reads_it(backend, layout, algo, which):
+    """Elsewhere not even a product with zero is made of it, which would be NaN."""
+    if algo not in backend.algorithms:
+        pytest.skip(f"{algo} is not an algorithm of this backend")
+    for case in (CASES[0], CASES[3], CASES[11]):
+        x, w, b, dy = inputs_of(case, torch.float32, layout)
+        infinite = x if which == "x" else dy
+        infinite[0, 1, infinite.shape[2] // 2, infinite.shape[3] // 2] = torch.inf
+        expected = conv2d_reference(x, w, b, dy, *case.config)
+
+        def ours(x, w, b, case=case):
+            return fastconv.conv2d(x, w, b, *case.config, algo=algo)
+
+        actual = conv2d_gradients(ours, *map(backend.put, (x, w, b, dy)))
+        for name, result, reference in zip(("y", "dx", "dw", "db"), actual, expected, strict=True):
+            assert torch.equal(result.cpu().isfinite(), reference.value.isfinite()), f"{case}: {name}"
 
 
 @pytest.mark.parametrize("frozen", ["input", "weight", "bias"])

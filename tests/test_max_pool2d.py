@@ -48,6 +48,11 @@ CASES = [
     Case("one channel", (3, 1, 7, 6), (3, 2), (2, 2)),
     Case("odd channels", (1, 35, 5, 6), (3, 2), (2, 1), (1, 1)),
     Case("two-byte offsets", (1, 2, 20, 23), (17, 19), (2, 3), (3, 2)),
+    Case("vectors of channels", (1, 24, 5, 4), (2, 3), (1, 2), (1, 1)),
+    Case("vectors of channels, 2x2", (2, 8, 6, 5), (2, 2), (2, 1)),
+    Case("vectors of channels, 3x3", (2, 16, 5, 7), (3, 3), (2, 1), (1, 0)),
+    Case("rows beyond 2^30", (2, 3, 5, 8), (3, 2), (2**30, 2), (1, 0)),
+    Case("columns beyond 2^30", (2, 3, 7, 5), (3, 2), (2, 2**30), (0, 1)),
 ]
 
 # One name a way to make a tensor of this size. Few values make many ties.
@@ -100,6 +105,16 @@ def check_gradient(backend, x, window, compare_with_torch=False):
     assert_close("dx", dx, expected, peer)
 
 
+def check_double_backward(backend, x, window):
+    """The gradient of dx by dy takes the elements at the maxima."""
+    y, indices = F.max_pool2d(x.contiguous(), *window, return_indices=True)
+    leaf, dy = backend.put(x).requires_grad_(), backend.put(torch.randn_like(y)).requires_grad_()
+    (dx,) = torch.autograd.grad(fastconv.max_pool2d(leaf, *window), leaf, dy, create_graph=True)
+    upstream = torch.randn_like(x)
+    (ddy,) = torch.autograd.grad(dx, dy, backend.put(upstream))
+    assert torch.equal(ddy.cpu().flatten(2), upstream.flatten(2).gather(2, indices.flatten(2)))
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "slices"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_values_indices_and_gradient(backend, case, layout):
@@ -120,10 +135,11 @@ def test_ties_infinities_and_nans(backend, fill, layout):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_dtypes(backend, layout, dtype):
-    for case in (*CASES[:6], CASES[15]):
+    for case in CASES[:6] + CASES[15:]:
         x = lay_out(FILLS["random"](case.x).to(dtype), layout)
         check_values(backend, x, case.window)
         check_gradient(backend, x, case.window, compare_with_torch=dtype in (torch.bfloat16, torch.float16))
+        check_double_backward(backend, x, case.window)
         special = lay_out(FILLS["NaN and infinities"](case.x).to(dtype), layout)
         check_values(backend, special, case.window)
 
@@ -182,6 +198,29 @@ def test_offsets_are_kept_only_where_something_needs_them(backend):
     window = (2, 2, 0, 1, False, False)
     assert fastconv.autograd.max_pool2d(x, *window, return_offsets=False)[1].numel() == 0
     assert fastconv.autograd.max_pool2d(x.requires_grad_(), *window, return_offsets=False)[1].numel() == 12
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_offsets_that_name_no_element_of_x_are_passed_over(backend, layout):
+    """Image n has the offset n everywhere: one of the window, outside of it, or of a tap outside of x."""
+    size, kernel, stride, padding = (40, 3, 5, 6), (2, 3), (2, 2), (1, 1)
+    offsets = torch.arange(40).reshape(-1, 1, 1, 1).expand(40, 3, 3, 3)
+    x, dy = torch.randn(size), torch.randn(offsets.shape)
+    p, q = torch.meshgrid(torch.arange(3), torch.arange(3), indexing="ij")
+    r, s = offsets // 3, offsets % 3
+    h, w = 2 * p - 1 + r, 2 * q - 1 + s
+    names_one = (r < 2) & (h >= 0) & (h < 5) & (w >= 0) & (w < 6)
+    indices = torch.where(names_one, 6 * h + w, 0)
+    values = x.flatten(2).gather(2, indices.flatten(2)).view_as(dy) * names_one
+    dy *= names_one
+    gradient = torch.zeros(40, 3, 30).scatter_add(2, indices.flatten(2), dy.flatten(2)).view(size)
+
+    window = (kernel, stride, padding, 1, False, layout == "channels_last")
+    x, dy, offsets = (backend.put(lay_out(t, layout)) for t in (x, dy, offsets.byte()))
+    assert torch.equal(fastconv._ops.max_pool2d_indices(offsets, size, *window).cpu(), indices)
+    assert torch.equal(fastconv._ops.max_pool2d_gather(x, offsets, *window).cpu(), values)
+    dx = fastconv._ops.max_pool2d_backward(dy, offsets, size, *window)
+    assert (dx.cpu() - gradient).abs().max() <= 2 * 2**-23 * dy.abs().max()
 
 
 def test_unbatched_input_and_default_stride(backend):

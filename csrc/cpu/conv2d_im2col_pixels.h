@@ -204,8 +204,8 @@ void gather_pixels(const Conv2dProblem& pr, const Conv2dPlan& plan, const Gather
   const int64_t row_outputs = phases.largest_rows.outputs, col_outputs = phases.largest_cols.outputs;
   const int64_t channels = contracted_channels(pr, plan.direction), produced = produced_channels(pr, plan.direction);
   const PixelBlock block = pixel_block(pr.N, row_outputs, col_outputs, plan.tile_n);
-  const int64_t depth_channels =
-      depth_block(channels, phases.largest_rows.taps * phases.largest_cols.taps, plan.tile_k).channels;
+  const DepthBlock depth_most = depth_block(channels, phases.largest_rows.taps * phases.largest_cols.taps, plan.tile_k);
+  const int64_t depth_channels = depth_most.channels;
   const Scratch layout = gather_scratch(pr, plan);
   const int64_t n_blocks = ceil_div(pr.N, block.n), m_blocks = ceil_div(produced, plan.tile_m);
   const int64_t i_blocks = ceil_div(row_outputs, block.i), j_blocks = ceil_div(col_outputs, block.j);
@@ -218,7 +218,7 @@ void gather_pixels(const Conv2dProblem& pr, const Conv2dPlan& plan, const Gather
     const Gather<T> g = gather_of(phase / phases.cols, phase % phases.cols);
     const Axis &rows = g.rows, &cols = g.cols;
     if (i0 >= rows.outputs || j0 >= cols.outputs) return;  // a phase smaller than the largest
-    const int64_t taps = g.taps(), depth_taps = min_of<int64_t>(max_of<int64_t>(taps, 1), plan.tile_k);
+    const int64_t taps = g.taps(), depth_taps = min_of<int64_t>(max_of<int64_t>(taps, 1), depth_most.taps);
     const bool in_place = std::is_same_v<T, E> && g.source.col == 1 && g.pointwise();
     const bool windows = reads_stage(taps, produced, block.j);
     const int64_t m_count = min_of<int64_t>(plan.tile_m, g.produced - m0), n_count = min_of(block.n, g.N - n0);

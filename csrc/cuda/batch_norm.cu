@@ -75,7 +75,7 @@ template <int n, typename Value>
 __device__ __forceinline__ void reduce_block(Value (&values)[n], int slot_bits, Value* shared) {
   const unsigned t = threadIdx.x, threads = blockDim.x;
   for (unsigned half = threads / 2; half >> slot_bits > 0; half /= 2) {
-    if (t >= half && t < 2 * half) {
+    if (t >= half && t < 2 * half) {  // redundant: the others' values are not read, or are there already
 #pragma unroll
       for (int i = 0; i < n; ++i) shared[i * threads + t] = values[i];
     }
@@ -263,7 +263,7 @@ __global__ void __launch_bounds__(block_threads, least_blocks<channels>)
                      T* __restrict__ y) {
   using A = acc_t<T>;
   const ChannelTile<width, channels> tile(tiles);
-  if (tile.left == 0) return;
+  if (tile.left <= 0) return;
   A center[channels], scale[channels], shift[channels];
 #pragma unroll
   for (int k = 0; k < channels; ++k) {
@@ -300,7 +300,7 @@ __global__ void __launch_bounds__(block_threads, least_blocks<channels>)
                                const T* __restrict__ x, Gradient<acc_t<T>> g, T* __restrict__ dx) {
   using A = acc_t<T>;
   const ChannelTile<width, channels> tile(tiles);
-  if (tile.left == 0) return;
+  if (tile.left <= 0) return;
   A center[channels], invstd[channels], scale[channels], mean_dy[channels], mean_dyx[channels];
 #pragma unroll
   for (int k = 0; k < channels; ++k) {

@@ -34,7 +34,7 @@ template <int width, int channels>
 struct ChannelTile {
   const ChannelTiles& tiles;
   unsigned piece;
-  int64_t c, left;       // first channel, and how many items are left to visit
+  int64_t c, left;       // first channel, and how many items are left to visit, none below 1
   int64_t in_plane, at;  // the item at hand: in its plane, and its first element in x
 
   __device__ __forceinline__ explicit ChannelTile(const ChannelTiles& t) : tiles(t) {
@@ -43,7 +43,7 @@ struct ChannelTile {
     c = ((int64_t(group) << t.slot_bits) + slot) * channels;
     in_plane = piece * t.piece_items + (threadIdx.x >> t.slot_bits);
     const int64_t all = min(t.items - in_plane, t.piece_items - (threadIdx.x >> t.slot_bits));
-    left = c < t.C && all > 0 ? (all + (int64_t{1} << t.step_bits) - 1) >> t.step_bits : 0;
+    left = c < t.C ? (all + (int64_t{1} << t.step_bits) - 1) >> t.step_bits : 0;
     const int64_t plane = t.plane_items.split(in_plane);
     at = c * t.channel_stride + plane * t.plane_stride + in_plane * width;
   }

@@ -46,7 +46,7 @@ __device__ __forceinline__ int source(bool divides, const Divisor& divide, int o
                                       int dilation) {
   if (!divides) return out * stride - pad + tap * dilation;
   int over = out + pad - tap * dilation;
-  if (over < 0) return -1;
+  if (over < 0) return -1;  // redundant: such quotients are too large for any input, but Divisor does not promise it
   const int at = divide.split(over);
   return over == 0 ? at : -1;
 }
@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(depthwise_threads, window != Window::any || si
   if (g.layout == Layout::NHWC && channel0 >= g.channels) return;
 
 #pragma unroll 1
-  for (int step = 0; step < strips_per_thread; ++step) {
+  for (int step = 0; step < strips_per_thread; ++step) {  // redundant: the next block does the next step, alike
     const int position = step * pixel_lanes + pixel_lane;
     if (position >= left) return;
     int column = column0 + position;
@@ -224,10 +224,12 @@ __global__ void __launch_bounds__(depthwise_threads)
 #pragma unroll
       for (int r = 0; r < 3; ++r) {
         const int h = h0 + r * g.dilation_h;
+        // redundant: sums of taps beyond the filter are not kept
         const bool row_inside = r0 + r < g.R && unsigned(h) < unsigned(g.H);
 #pragma unroll
         for (int s = 0; s < 3; ++s) {
           const int w = w0 + s * g.dilation_w;
+          // redundant: sums of taps beyond the filter are not kept
           if (row_inside && s0 + s < g.S && unsigned(w) < unsigned(g.W))
             sums[r * 3 + s] += d * to_acc(image[h * g.x.h + w * g.x.w]);
         }

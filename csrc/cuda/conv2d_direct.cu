@@ -46,6 +46,7 @@ struct Taps {
 };
 __device__ Taps taps_of_phase(const DirectAxis& axis, int64_t phase, bool dgrad) {
   if (!dgrad) return {-axis.pad, axis.taps, 0};
+  // redundant: if none of the first tap_step taps meets the phase, none does
   for (int64_t tap = 0; tap < axis.tap_step && tap < axis.taps; ++tap) {
     const int64_t distance = phase + axis.pad - tap * axis.dilation;
     if (distance % axis.stride == 0) return {distance / axis.stride, (axis.taps - 1 - tap) / axis.tap_step + 1, tap};
@@ -91,6 +92,7 @@ __global__ void __launch_bounds__(direct_threads, sizeof(T) == 8 ? 1 : 2)
   const int patch_w = int(tile.w.extent), plane = int(tile.plane), filter_pitch = tile.filters + 4;
   const int delta_h = int(tile.h.patch_delta) * patch_w, delta_w = int(tile.w.patch_delta);
   // Where the first tap lies if the taps run backwards.
+  // redundant: 0 is the distance of one tap alone, which is the first
   const int64_t back_h = delta_h < 0 ? tile.h.chunk - 1 : 0, back_w = delta_w < 0 ? tile.w.chunk - 1 : 0;
 
   for (int64_t block = blockIdx.x; block < g.blocks; block += gridDim.x) {
@@ -112,7 +114,7 @@ __global__ void __launch_bounds__(direct_threads, sizeof(T) == 8 ? 1 : 2)
       int j = pixel_thread + a * pixel_threads;
       int i = g.pixels_w.split(j);
       int n = g.pixels_h.split(i);
-      if (n >= tile.images) n = i = j = 0;
+      if (n >= tile.images) n = i = j = 0;  // redundant for the first of them: a window beyond the patch, not stored
       window[a] = int(n * tile.h.extent * patch_w + i * tile.h.patch_step * patch_w + j * tile.w.patch_step -
                       back_h * delta_h - back_w * delta_w);
     }

@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(tile* tile / 64, gemm_blocks_per_sm<T, tile>)
 
   // Neighbouring blocks share the larger matrix: the index with fewer tiles runs fastest.
   int block = blockIdx.x;
-  const bool m_first = g.tiles_m <= g.tiles_n;
+  const bool m_first = g.tiles_m <= g.tiles_n;  // redundant: any order of the blocks gives the same result
   const int fast = block % (m_first ? g.tiles_m : g.tiles_n);
   block /= m_first ? g.tiles_m : g.tiles_n;
   const int slow = block % (m_first ? g.tiles_n : g.tiles_m);
@@ -150,7 +150,7 @@ __global__ void __launch_bounds__(tile* tile / 64, gemm_blocks_per_sm<T, tile>)
   acc sums[8][8] = {};
   acc row_sum = 0;
   const bool sum_rows = g.row_sums && n0 == 0 && thread < tile;
-  if (k_begin < k_end) {
+  if (k_begin < k_end) {  // redundant: an empty split would store zeros that nobody multiplies
     fetch(k_begin);
     store(0);
   }
@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(tile* tile / 64, gemm_blocks_per_sm<T, tile>)
   int buffer = 0;
 #pragma unroll 1
   for (int k = k_begin; k < k_end; k += gemm_depth, buffer ^= 1) {
-    const bool more = k + gemm_depth < k_end;
+    const bool more = k + gemm_depth < k_end;  // redundant: beyond the end, zeros that nobody multiplies are stored
     if (more) fetch(k + gemm_depth);
 #pragma unroll(sizeof(T) == 8 ? 2 : 4)  // all eight at once would spill
     for (int step = 0; step < gemm_depth; ++step) {

@@ -218,10 +218,9 @@ struct Windows {
   Index begin, end;
   __device__ __forceinline__ Windows(Index first, Index last, Index taps, Index dilation, Index stride,
                                      const Divide<Index>& by_stride, Index outputs) {
-    const Index start = first - (taps - 1) * dilation;
-    begin = start <= 0 ? 0 : by_stride.quotient(start + stride - 1);
-    end = by_stride.quotient(last) + 1;
-    if (end > outputs) end = outputs;
+    const Index start = max(first - (taps - 1) * dilation, Index(0));
+    begin = by_stride.quotient(start + stride - 1);
+    end = min(by_stride.quotient(last) + 1, outputs);  // redundant: later windows would only take time
   }
 };
 
@@ -322,7 +321,7 @@ __global__ void __launch_bounds__(block_threads)
   const int64_t i = thread_index();
   if (i >= pool.threads) return;
   const Maximum maximum(pool, offsets, i);
-  indices[i] = maximum.position < 0 ? 0 : maximum.position;
+  indices[i] = max(maximum.position, int64_t{0});
 }
 
 template <typename T>

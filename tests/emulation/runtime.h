@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "../../csrc/cuda/launchers.h"
+#include "instantiations.h"
 #include "machine.h"
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
@@ -43,6 +44,7 @@ const char* launch_kernel(const char* name, void (*kernel)(P...), dim3 grid, dim
     const Call& c = *static_cast<Call*>(context);
     std::apply(c.kernel, c.args);
   };
+  emulation::count_launch(reinterpret_cast<const void*>(kernel));
   return emulation::run_grid(name, grid, block, shared_bytes, body, &call);
 }
 

@@ -1,0 +1,104 @@
+"""Every instantiation of a CUDA kernel runs emulated, on cases whose results are compared with float64.
+
+A kernel is a function that csrc/cuda declares __global__; an instantiation is named like "gemm_kernel<float, 64>".
+"""
+
+import ctypes
+import re
+import subprocess
+
+import pytest
+import test_batch_norm
+import test_conv2d
+import test_max_pool2d
+import torch
+from conftest import ROOT, emulated_library_path
+
+import fastconv
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+LOGS = ROOT / "build" / "ninja" / "cuda"
+DECLARATION = re.compile(r"__global__\s+void\s+(?:__launch_bounds__\((?:[^()]|\([^()]*\))*\)\s*)?(\w+)\(")
+ENTRY = re.compile(r"Compiling entry function '(\w+)'")  # of ptxas
+
+
+def output_of(*command, text=None):
+    return subprocess.run(command, input=text, capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+def declared_kernels():
+    names = set()
+    for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu*")):
+        source = path.read_text()
+        found = DECLARATION.findall(source)
+        assert len(found) == source.count("__global__ "), f"a kernel in {path.name} is declared in another way"
+        names.update(found)
+    return names
+
+
+def instantiations(symbols, kernels):
+    """[(index of the symbol, name)] of the symbols that are instantiations of these kernels."""
+    found = []
+    for index, symbol in enumerate(output_of("c++filt", text="\n".join(symbols))):
+        for scope in ("void ", "(anonymous namespace)::", "fastconv::cuda::", "(Window)"):
+            symbol = symbol.replace(scope, "")
+        match = re.fullmatch(r"((\w+)(?:<.*?>)?)\(.*\)", symbol)
+        if match and match[2] in kernels and "lambda" not in symbol:
+            found.append((index, match[1]))
+    return found
+
+
+def emulated_instantiations(library):
+    """{name: offset in the library}"""
+    lines = [line.split() for line in output_of("nm", str(library))]
+    symbols = [line for line in lines if len(line) == 3 and line[2].startswith("_Z")]
+    found = instantiations([name for _, _, name in symbols], declared_kernels())
+    return {name: int(symbols[index][0], 16) for index, name in found}
+
+
+def check_conv2d(backend, dtype, layout):
+    all_at_once, depthwise, depthwise_3x3 = test_conv2d.CASES[5], test_conv2d.CASES[12], test_conv2d.CASES[25:]
+    many_filters = test_conv2d.MEDIUM_CASES[1]
+    for algo in ("direct_naive", "direct", "im2col"):
+        test_conv2d.check(backend, all_at_once, dtype, layout, algo)
+    test_conv2d.check(backend, many_filters, dtype, layout, "im2col")
+    for case in (depthwise, *depthwise_3x3):
+        test_conv2d.check(backend, case, dtype, layout, "depthwise")
+
+
+def check_max_pool2d(backend, dtype, layout):
+    for case in test_max_pool2d.CASES[:9] + test_max_pool2d.CASES[17:]:
+        x = test_max_pool2d.lay_out(torch.randn(case.x).to(dtype), layout)
+        test_max_pool2d.check_values(backend, x, case.window)
+        test_max_pool2d.check_gradient(backend, x, case.window)
+        test_max_pool2d.check_double_backward(backend, x, case.window)
+
+
+def check_batch_norm(backend, dtype, layout):
+    for size in (*test_batch_norm.IMAGES[5:], (4, 3, 5, 7), (3, 2, 91, 127)):
+        test_batch_norm.check(backend, torch.randn(size).to(dtype), layout)
+
+
+@pytest.mark.parametrize("backend", ["emulated"], indirect=True)
+def test_every_instantiation_runs(backend, emulated_library):
+    launches = emulated_library.fastconv_emulation_launches
+    launches.restype, launches.argtypes = ctypes.c_uint64, [ctypes.c_uint64]
+    offsets = emulated_instantiations(emulated_library._name)
+    before = {name: launches(offset) for name, offset in offsets.items()}
+    for dtype in DTYPES:
+        for layout in ("contiguous", "channels_last"):
+            check_conv2d(backend, dtype, layout)
+            check_max_pool2d(backend, dtype, layout)
+            check_batch_norm(backend, dtype, layout)
+    never = sorted(name for name, offset in offsets.items() if launches(offset) == before[name])
+    assert offsets and not never, f"{len(never)} of {len(offsets)} instantiations never ran: {'; '.join(never)}"
+
+
+def test_nvcc_compiled_the_same_instantiations():
+    logs = [LOGS / f"{path.stem}.o.log" for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu"))]
+    if not fastconv.planning._introspection().built_with_cuda or not all(log.exists() for log in logs):
+        pytest.skip("the CUDA kernels were not compiled by nvcc")
+    symbols = sorted({symbol for log in logs for symbol in ENTRY.findall(log.read_text())})
+    compiled = instantiations(symbols, declared_kernels())
+    assert len(compiled) == len(symbols), "nvcc compiled a kernel that is not declared in csrc/cuda"
+    assert {name for _, name in compiled} == set(emulated_instantiations(emulated_library_path()))
