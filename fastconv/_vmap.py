@@ -13,8 +13,13 @@ def _into(tensor, dim, mapped, size):
     return tensor.movedim(0, dim).flatten(dim, dim + 1)
 
 
+def _complete(config):
+    """stride, padding, dilation, groups, channels_last, allow_tf32, algo: torch leaves out what has its default."""
+    return (*config, *_ops.CONV_DEFAULTS[0][len(config) :])
+
+
 def _conv2d_fprop(info, in_dims, x, w, bias, *config):
-    batch = info.batch_size
+    batch, config = info.batch_size, _complete(config)
     x_dim, w_dim, bias_dim = in_dims[:3]
     groups = config[3]
     shared_bias = bias if bias_dim is None else None
@@ -36,7 +41,7 @@ def _conv2d_fprop(info, in_dims, x, w, bias, *config):
 
 
 def _conv2d_dgrad(info, in_dims, dy, w, x_size, *config):
-    batch = info.batch_size
+    batch, config = info.batch_size, _complete(config)
     dy_dim, w_dim = in_dims[:2]
     groups = config[3]
     n, c, h, w_ = x_size
@@ -53,7 +58,7 @@ def _conv2d_dgrad(info, in_dims, dy, w, x_size, *config):
 
 
 def _conv2d_wgrad(info, in_dims, dy, x, w_size, bias_grad, *config):
-    batch = info.batch_size
+    batch, config = info.batch_size, _complete(config)
     k, *filter_size = w_size
     config = (*config[:3], batch * config[3], *config[4:])
     dy, x = _into(dy, 1, in_dims[0], batch), _into(x, 1, in_dims[1], batch)

@@ -5,13 +5,16 @@ Convolution is linear in x and in w, so its three directions are closed under di
     y = fprop(x, w)       dx = dgrad(dy, w)      dw = wgrad(dy, x)
     fprop's derivatives are dgrad and wgrad; dgrad's are fprop and wgrad; wgrad's are fprop and dgrad.
 
-Each function below (conv2d, conv2d_dgrad, max_pool2d, …) calls its op directly where nothing needs a gradient, and goes
-through the Function otherwise. `config` is what the conv ops take after their tensors:
+Each function below (conv2d, conv2d_dgrad, max_pool2d, …) takes its Function's arguments, calls the op directly where
+nothing needs a gradient, and goes through the Function otherwise. `config` is what the conv ops take after their tensors:
 (stride, padding, dilation, groups, channels_last, allow_tf32, algo).
 """
 
 import torch
+from torch import is_grad_enabled
+from torch._C import _are_functorch_transforms_active as are_functorch_transforms_active
 from torch.autograd import Function, forward_ad
+from torch.compiler import is_compiling
 
 from . import _ops
 
@@ -22,13 +25,11 @@ class Leaf(tuple):
 
 def _call(function, op, differentiable, args):
     """Call the op itself, its Function, or the Function's subclass from fastconv.transforms: the cheapest that loses no
-    derivative. `differentiable` are the tensors that may need one."""
-    if not torch.compiler.is_compiling() and (
-        forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
-    ):
+    derivative. The first `differentiable` of the arguments are tensors, or None, that may need one."""
+    if not is_compiling() and (forward_ad._current_level >= 0 or are_functorch_transforms_active()):
         return function.transformable.apply(*(Leaf(a) if isinstance(a, (tuple, list)) else a for a in args))
-    if torch.is_grad_enabled():
-        for tensor in differentiable:
+    if is_grad_enabled():
+        for tensor in args[:differentiable]:
             if tensor is not None and tensor.requires_grad:
                 return function.apply(*args)
     return op(*args)
@@ -94,16 +95,16 @@ class Conv2dWgrad(Function):
         return gdy, gx, None, None, *(None for _ in ctx.config)
 
 
-def conv2d(x, w, bias, *config):
-    return _call(Conv2d, _ops.conv2d_fprop, (x, w, bias), (x, w, bias, *config))
+def conv2d(*args):
+    return _call(Conv2d, _ops.conv2d_fprop, 3, args)
 
 
-def conv2d_dgrad(dy, w, x_size, *config):
-    return _call(Conv2dDgrad, _ops.conv2d_dgrad, (dy, w), (dy, w, x_size, *config))
+def conv2d_dgrad(*args):
+    return _call(Conv2dDgrad, _ops.conv2d_dgrad, 2, args)
 
 
-def conv2d_wgrad(dy, x, w_size, bias_grad, *config):
-    return _call(Conv2dWgrad, _ops.conv2d_wgrad, (dy, x), (dy, x, w_size, bias_grad, *config))
+def conv2d_wgrad(*args):
+    return _call(Conv2dWgrad, _ops.conv2d_wgrad, 2, args)
 
 
 class MaxPool2d(Function):
@@ -155,15 +156,15 @@ def max_pool2d(x, *window, return_offsets):
     def without_gradient(x, *window):
         return _ops.max_pool2d_forward(x, *window, return_offsets)
 
-    return _call(MaxPool2d, without_gradient, (x,), (x, *window))
+    return _call(MaxPool2d, without_gradient, 1, (x, *window))
 
 
-def max_pool2d_backward(dy, offsets, x_size, *window):
-    return _call(MaxPool2dBackward, _ops.max_pool2d_backward, (dy,), (dy, offsets, x_size, *window))
+def max_pool2d_backward(*args):
+    return _call(MaxPool2dBackward, _ops.max_pool2d_backward, 1, args)
 
 
-def max_pool2d_gather(x, offsets, *window):
-    return _call(MaxPool2dGather, _ops.max_pool2d_gather, (x,), (x, offsets, *window))
+def max_pool2d_gather(*args):
+    return _call(MaxPool2dGather, _ops.max_pool2d_gather, 1, args)
 
 
 class BatchNormTrain(Function):
@@ -250,14 +251,12 @@ def per_channel(values, x):
     return values.view(-1, *(1,) * (x.dim() - 2))
 
 
-def batch_norm_train(x, weight, bias, running_mean, running_var, momentum, eps, channels_last):
-    args = (x, weight, bias, running_mean, running_var, momentum, eps, channels_last)
-    return _call(BatchNormTrain, _ops.batch_norm_train, (x, weight, bias), args)[0]
+def batch_norm_train(*args):
+    return _call(BatchNormTrain, _ops.batch_norm_train, 3, args)[0]
 
 
-def batch_norm_eval(x, weight, bias, running_mean, running_var, eps, channels_last):
-    args = (x, weight, bias, running_mean, running_var, eps, channels_last)
-    return _call(BatchNormEval, _ops.batch_norm_eval, (x, weight, bias), args)
+def batch_norm_eval(*args):
+    return _call(BatchNormEval, _ops.batch_norm_eval, 3, args)
 
 
 def register(namespace):

@@ -13,7 +13,8 @@ _warned = set()
 
 
 def _has_kernel(tensor):
-    return tensor.dtype in _FLOATING and tensor.device.type in ("cpu", "cuda", "meta") and not tensor.is_sparse
+    dense = tensor.layout is torch.strided and (tensor.is_cpu or tensor.is_cuda or tensor.is_meta)
+    return dense and tensor.dtype in _FLOATING
 
 
 def _warn_fallback(op, tensor):
@@ -91,8 +92,9 @@ def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, 
             raise ValueError(f"algo={algo!r}: fastconv has no kernel for {input.dtype} on {input.device.type}")
         _warn_fallback("conv2d", input)
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    device = input.device.type
-    if device != "meta" and torch.is_autocast_enabled(device) and input.dtype is not torch.float64:
+    cuda = input.is_cuda
+    device = "cuda" if cuda else "cpu"
+    if torch.is_autocast_enabled(device) and input.dtype is not torch.float64 and not input.is_meta:
         dtype = torch.get_autocast_dtype(device)
         input, weight = input.to(dtype), weight.to(dtype)
         bias = bias.to(dtype) if bias is not None else None
@@ -101,8 +103,8 @@ def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, 
         input = input.unsqueeze(0)
     if isinstance(padding, str):
         padding, input = _string_padding(padding, input, weight, stride, dilation)
-    channels_last = _wants_channels_last(input, weight, input.is_cuda)
-    allow_tf32 = input.is_cuda and input.dtype is torch.float32 and _allow_tf32()
+    channels_last = _wants_channels_last(input, weight, cuda)
+    allow_tf32 = cuda and input.dtype is torch.float32 and _allow_tf32()
     y = autograd.conv2d(input, weight, bias, stride, padding, dilation, groups, channels_last, allow_tf32, algo)
     return y.squeeze(0) if unbatched else y
 

@@ -30,17 +30,19 @@ Conv2dProblem problem_of(const Sizes& x_size, const Sizes& w_size, const std::op
 struct Prepared {
   Conv2dPlan plan;
   Tensor workspace, scratch;
+  alignas(64) char little_scratch[4096];  // where this is enough, no memory need be asked for
 
   Prepared(const Conv2dProblem& problem, Direction direction, const Device& device, const Config& config,
            const Tensor& like)
       : plan(plan_conv2d(problem, direction, device.target,
                          config.algo ? std::optional(parse_algo(*config.algo, device.target.cuda)) : std::nullopt)) {
     if (plan.workspace_bytes) workspace = empty_bytes(plan.workspace_bytes, like);
-    if (plan.scratch_bytes) scratch = empty_bytes(plan.scratch_bytes * device.parallel.workers, like);
+    const int64_t scratch_bytes = plan.scratch_bytes * device.parallel.workers;
+    if (scratch_bytes > int64_t(sizeof little_scratch)) scratch = empty_bytes(scratch_bytes, like);
   }
 
-  void* workspace_data() const { return plan.workspace_bytes ? mutable_data(workspace) : nullptr; }
-  void* scratch_data() const { return plan.scratch_bytes ? mutable_data(scratch) : nullptr; }
+  void* workspace_data() { return plan.workspace_bytes ? mutable_data(workspace) : nullptr; }
+  void* scratch_data() { return scratch.defined() ? mutable_data(scratch) : little_scratch; }
 };
 
 void check_same_type(const Tensor& x, const Tensor& w) {
@@ -72,7 +74,7 @@ Tensor conv2d_fprop(const Tensor& x, const Tensor& w, const std::optional<Tensor
     throw std::runtime_error("Input type (" + scalar_type_name(x) + ") and bias type (" + scalar_type_name(*bias) +
                              ") should be the same");
   const Device device(x);
-  const Prepared prepared(problem, Direction::fprop, device, config, x);
+  Prepared prepared(problem, Direction::fprop, device, config, x);
   const Tensor x_dense = in_layout(x, problem.layout), w_dense = in_layout(w, problem.layout);
   const std::optional<Tensor> bias_dense = bias ? std::optional(in_layout(*bias, Layout::NCHW)) : std::nullopt;
   Tensor y = empty({problem.N, problem.K, problem.P, problem.Q}, problem.layout, scalar_type(problem.dtype), x);
@@ -96,7 +98,7 @@ Tensor conv2d_dgrad(const Tensor& dy, const Tensor& w, const Sizes& x_size, cons
   check_same_type(dy, w);
   check_dy(dy, problem);
   const Device device(dy);
-  const Prepared prepared(problem, Direction::dgrad, device, config, dy);
+  Prepared prepared(problem, Direction::dgrad, device, config, dy);
   const Tensor dy_dense = in_layout(dy, problem.layout), w_dense = in_layout(w, problem.layout);
   Tensor dx = empty(x_size, problem.layout, scalar_type(problem.dtype), dy);
   if (problem.x_elements() == 0) return dx;
@@ -120,7 +122,7 @@ std::tuple<Tensor, Tensor> conv2d_wgrad(const Tensor& dy, const Tensor& x, const
   check_same_type(dy, x);
   check_dy(dy, problem);
   const Device device(dy);
-  const Prepared prepared(problem, Direction::wgrad, device, config, dy);
+  Prepared prepared(problem, Direction::wgrad, device, config, dy);
   const Tensor dy_dense = in_layout(dy, problem.layout), x_dense = in_layout(x, problem.layout);
   Tensor dw = empty(w_size, problem.layout, scalar_type(problem.dtype), dy);
   Tensor db = empty({bias_grad ? problem.K : 0}, Layout::NCHW, scalar_type(problem.dtype), dy);

@@ -5,15 +5,17 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(FASTCONV_NAMESPACE, m) {
+  // What has a default need not be passed, which saves torch the parsing.
   m.def(
-      "conv2d_fprop(Tensor x, Tensor w, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation, int groups, "
-      "bool channels_last, bool allow_tf32, str? algo) -> Tensor");
+      "conv2d_fprop(Tensor x, Tensor w, Tensor? bias, int[2] stride=1, int[2] padding=0, int[2] dilation=1, "
+      "int groups=1, bool channels_last=False, bool allow_tf32=False, str? algo=None) -> Tensor");
   m.def(
-      "conv2d_dgrad(Tensor dy, Tensor w, SymInt[] x_size, int[2] stride, int[2] padding, int[2] dilation, int groups, "
-      "bool channels_last, bool allow_tf32, str? algo) -> Tensor");
+      "conv2d_dgrad(Tensor dy, Tensor w, SymInt[] x_size, int[2] stride=1, int[2] padding=0, int[2] dilation=1, "
+      "int groups=1, bool channels_last=False, bool allow_tf32=False, str? algo=None) -> Tensor");
   m.def(
-      "conv2d_wgrad(Tensor dy, Tensor x, SymInt[] w_size, bool bias_grad, int[2] stride, int[2] padding, "
-      "int[2] dilation, int groups, bool channels_last, bool allow_tf32, str? algo) -> (Tensor, Tensor)");
+      "conv2d_wgrad(Tensor dy, Tensor x, SymInt[] w_size, bool bias_grad, int[2] stride=1, int[2] padding=0, "
+      "int[2] dilation=1, int groups=1, bool channels_last=False, bool allow_tf32=False, str? algo=None) "
+      "-> (Tensor, Tensor)");
 
   m.def(
       "max_pool2d_forward(Tensor x, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, "

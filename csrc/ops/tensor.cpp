@@ -8,19 +8,23 @@ extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_ba
 namespace fastconv::ops {
 namespace {
 
-Sizes dense_strides(const Sizes& sizes, Layout layout) {
-  const int rank = int(sizes.size());
-  Sizes strides(sizes.size());
-  int64_t next = 1;
+template <typename S>
+bool channels_inside(const S& sizes, Layout layout) {
+  return layout == Layout::NHWC && sizes.size() >= 4;
+}
+
+// Calls f(dim, stride) for the dimensions of a dense tensor, from the innermost outward.
+template <typename S, typename F>
+void for_each_dense_stride(const S& sizes, Layout layout, F&& f) {
+  int64_t stride = 1;
   const auto place = [&](int dim) {
-    strides[dim] = next;
-    next *= sizes[dim] > 1 ? sizes[dim] : 1;
+    f(dim, stride);
+    stride *= sizes[dim] > 1 ? sizes[dim] : 1;
   };
-  const bool channels_inside = layout == Layout::NHWC && rank >= 4;
-  if (channels_inside) place(1);
-  for (int dim = rank - 1; dim >= 0; --dim)
-    if (!(channels_inside && dim == 1)) place(dim);
-  return strides;
+  const bool inside = channels_inside(sizes, layout);
+  if (inside) place(1);
+  for (int dim = int(sizes.size()) - 1; dim >= 0; --dim)
+    if (!(inside && dim == 1)) place(dim);
 }
 
 }  // namespace
@@ -53,21 +57,20 @@ ScalarType scalar_type(DType dtype) {
 ScalarType statistics_type(DType dtype) { return dtype == DType::float64 ? ScalarType::Double : ScalarType::Float; }
 
 Tensor in_layout(const Tensor& tensor, Layout layout) {
-  const Sizes sizes = sizes_of(tensor);
-  const Sizes dense = dense_strides(sizes, layout);
-  const auto strides = tensor.strides();
-  bool matches = true;
-  for (size_t dim = 0; dim < sizes.size(); ++dim) matches &= sizes[dim] <= 1 || strides[dim] == dense[dim];
-  if (matches) return tensor;
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  bool dense = true;
+  for_each_dense_stride(sizes, layout,
+                        [&](int dim, int64_t stride) { dense &= sizes[dim] <= 1 || strides[dim] == stride; });
+  if (dense) return tensor;
   using torch::headeronly::MemoryFormat;
-  const bool channels_inside = layout == Layout::NHWC && sizes.size() >= 4;
-  return torch::stable::contiguous(tensor, !channels_inside    ? MemoryFormat::Contiguous
-                                           : sizes.size() == 4 ? MemoryFormat::ChannelsLast
-                                                               : MemoryFormat::ChannelsLast3d);
+  return torch::stable::contiguous(tensor, !channels_inside(sizes, layout) ? MemoryFormat::Contiguous
+                                           : sizes.size() == 4             ? MemoryFormat::ChannelsLast
+                                                                           : MemoryFormat::ChannelsLast3d);
 }
 
 Tensor empty(const Sizes& sizes, Layout layout, ScalarType dtype, const Tensor& like) {
-  const Sizes strides = dense_strides(sizes, layout);
+  Sizes strides(sizes.size());
+  for_each_dense_stride(sizes, layout, [&](int dim, int64_t stride) { strides[size_t(dim)] = stride; });
   int32_t device_type;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   const int32_t dtype_code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));

@@ -123,35 +123,42 @@ void plan_im2col(const Conv2dProblem& p, Conv2dPlan& plan) {
     plan_gather(p, plan);
 }
 
+// What is taken unasked. Reasons are put into words only if someone wants them.
+Algo choose(const Conv2dProblem& p, Direction direction, Reasons* reasons) {
+  const bool depthwise = p.groups == p.C && p.K == p.C;
+  if (!reasons) return depthwise ? Algo::depthwise : Algo::im2col;
+  if (depthwise) {
+    reasons->push_back(
+        {Algo::depthwise, true, "groups = C = K: no reuse across channels, so memory traffic is all there is"});
+    reasons->push_back({Algo::im2col, false, "a product with one filter a group would leave most of each vector idle"});
+  } else {
+    const char* along = along_pixels(p, direction) ? "pixels" : "channels";
+    reasons->push_back(
+        {Algo::im2col, true, std::string("patches times filters, blocked for the caches, vectors along the ") + along});
+    reasons->push_back({Algo::depthwise, false, rejection(p, Algo::depthwise)});
+  }
+  reasons->push_back({Algo::direct, false, "its loops reuse registers less"});
+  return depthwise ? Algo::depthwise : Algo::im2col;
+}
+
+// What was asked for, or its nearest rung on a CPU.
+Algo check_asked(const Conv2dProblem& p, Algo asked, Reasons* reasons) {
+  const Algo taken = asked == Algo::direct_naive ? Algo::direct : asked;
+  const std::string why_not = rejection(p, taken);
+  if (!why_not.empty()) throw std::invalid_argument("algo='" + std::string(name(asked)) + "': " + why_not);
+  if (reasons)
+    reasons->push_back(
+        {taken, true, taken == asked ? "asked for" : "asked for direct_naive; direct is its nearest rung on a CPU"});
+  return taken;
+}
+
 }  // namespace
 
 Conv2dPlan plan_conv2d_cpu(const Conv2dProblem& problem, Direction direction, std::optional<Algo> algo,
                            Reasons* reasons) {
-  const auto note = [&](Algo which, bool taken, const std::string& text) {
-    if (reasons) reasons->push_back({which, taken, text});
-  };
   Conv2dPlan plan;
   plan.direction = direction;
-  if (algo) {
-    plan.algo = *algo == Algo::direct_naive ? Algo::direct : *algo;
-    const std::string why_not = rejection(problem, plan.algo);
-    if (!why_not.empty()) throw std::invalid_argument("algo='" + std::string(name(*algo)) + "': " + why_not);
-    note(plan.algo, true,
-         *algo == Algo::direct_naive ? "asked for direct_naive; direct is its nearest rung on a CPU" : "asked for");
-  } else {
-    const std::string no_depthwise = rejection(problem, Algo::depthwise);
-    plan.algo = no_depthwise.empty() ? Algo::depthwise : Algo::im2col;
-    if (plan.algo == Algo::depthwise) {
-      note(Algo::depthwise, true, "groups = C = K: no reuse across channels, so memory traffic is all there is");
-      note(Algo::im2col, false, "a product with one filter a group would leave most of each vector idle");
-    } else {
-      note(Algo::im2col, true,
-           std::string("patches times filters, blocked for the caches, vectors along the ") +
-               (along_pixels(problem, direction) ? "pixels" : "channels"));
-      note(Algo::depthwise, false, no_depthwise);
-    }
-    note(Algo::direct, false, "its loops reuse registers less");
-  }
+  plan.algo = algo ? check_asked(problem, *algo, reasons) : choose(problem, direction, reasons);
   switch (plan.algo) {
     case Algo::im2col: plan_im2col(problem, plan); break;
     case Algo::depthwise: plan_depthwise(problem, plan); break;
