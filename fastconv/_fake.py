@@ -11,33 +11,17 @@ def _empty(like, size, channels_last, dtype=None):
     return torch.empty(size, dtype=dtype or like.dtype, device=like.device, memory_format=memory_format)
 
 
-# torch leaves out arguments that have their default.
-def conv2d_fprop(
-    x, w, bias, stride=1, padding=0, dilation=1, groups=1, channels_last=False, allow_tf32=False, algo=None
-):
+# Of the convolutions' last arguments torch leaves out those that have their default.
+def conv2d_fprop(x, w, bias, stride=1, padding=0, dilation=1, groups=1, channels_last=False, *_):
     n, _, p, q = F.conv2d(x, w, bias, stride, padding, dilation, groups).shape
     return _empty(x, (n, w.shape[0], p, q), channels_last)  # of no input channels torch makes no output channels
 
 
-def conv2d_dgrad(
-    dy, w, x_size, stride=1, padding=0, dilation=1, groups=1, channels_last=False, allow_tf32=False, algo=None
-):
+def conv2d_dgrad(dy, w, x_size, stride=1, padding=0, dilation=1, groups=1, channels_last=False, *_):
     return _empty(dy, x_size, channels_last)
 
 
-def conv2d_wgrad(
-    dy,
-    x,
-    w_size,
-    bias_grad,
-    stride=1,
-    padding=0,
-    dilation=1,
-    groups=1,
-    channels_last=False,
-    allow_tf32=False,
-    algo=None,
-):
+def conv2d_wgrad(dy, x, w_size, bias_grad, stride=1, padding=0, dilation=1, groups=1, channels_last=False, *_):
     return _empty(dy, w_size, channels_last), _empty(dy, (w_size[0] if bias_grad else 0,), False)
 
 

@@ -6,8 +6,8 @@ Convolution is linear in x and in w, so its three directions are closed under di
     fprop's derivatives are dgrad and wgrad; dgrad's are fprop and wgrad; wgrad's are fprop and dgrad.
 
 Each function below (conv2d, conv2d_dgrad, max_pool2d, …) takes its Function's arguments, calls the op directly where
-nothing needs a gradient, and goes through the Function otherwise. `config` is what the conv ops take after their tensors:
-(stride, padding, dilation, groups, channels_last, allow_tf32, algo).
+nothing needs a gradient, and goes through the Function otherwise. `config` is what the conv ops take after their
+tensors: (stride, padding, dilation, groups, channels_last, allow_tf32, algo).
 """
 
 import torch
