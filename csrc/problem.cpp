@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <sstream>
 #include <stdexcept>
+#include <utility>
 
 namespace fastconv {
 namespace {
@@ -83,8 +84,12 @@ Conv2dProblem make_conv2d_problem(const Sizes& x_size, const Sizes& w_size, cons
     fail("Expected 3D (unbatched) or 4D (batched) input to conv2d, but got input of size: ", format_sizes(x_size));
   if (w_size.size() != 4) {
     if (w_size.size() < 3) fail("weight should have at least three dimensions");
-    fail("expected stride to be a single integer value or a list of ", w_size.size() - 2,
-         " values to match the convolution dimensions, but got stride=", format_sizes(stride));
+    for (const auto& [what, values] : {std::pair{"stride", &stride}, {"padding", &padding}, {"dilation", &dilation}})
+      if (values->size() != 1 && values->size() != w_size.size() - 2)
+        fail("expected ", what, " to be a single integer value or a list of ", w_size.size() - 2,
+             " values to match the convolution dimensions, but got ", what, "=", format_sizes(*values));
+    fail("Expected ", w_size.size(), "-dimensional input for ", w_size.size(), "-dimensional weight ",
+         format_sizes(w_size), ", but got 4-dimensional input of size ", format_sizes(x_size), " instead");
   }
   const Pair step = conv_pair("stride", stride);
   const Pair pad = conv_pair("padding", padding);
@@ -163,6 +168,9 @@ MaxPool2dProblem make_max_pool2d_problem(const Sizes& x_size, const Sizes& kerne
   };
   check_pad(pad.h, kernel.h, window.h, spread.h);
   check_pad(pad.w, kernel.w, window.w, spread.w);
+  if (pad.h > window.h / 2 || pad.w > window.w / 2)
+    fail("pad should be smaller than or equal to half of kernel size, but got padW = ", pad.w, ", padH = ", pad.h,
+         ", kW = ", window.w, ", kH = ", window.h);
 
   MaxPool2dProblem p{};
   p.N = x_size[0], p.C = x_size[1], p.H = x_size[2], p.W = x_size[3];
