@@ -126,7 +126,9 @@ Conv2dProblem make_conv2d_problem(const Sizes& x_size, const Sizes& w_size, cons
   if ((p.H == 0 || p.W == 0) && p.N != 0 && p.C != 0)
     fail("Only zero batch or zero channel inputs are supported, but got input shape: ", format_sizes(x_size));
 
-  p.stride_h = step.h, p.stride_w = step.w;
+  // A stride beyond the padded image leaves one window, as its size does, and sums with the latter cannot overflow.
+  p.stride_h = std::min(step.h, std::max<int64_t>(padded_h, 1)),
+  p.stride_w = std::min(step.w, std::max<int64_t>(padded_w, 1));
   p.pad_h = pad.h, p.pad_w = pad.w;
   p.dilation_h = spread.h, p.dilation_w = spread.w;
   p.groups = groups, p.dtype = dtype, p.layout = layout;

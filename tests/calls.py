@@ -10,14 +10,15 @@ from dataclasses import dataclass, replace
 import numpy
 import torch
 from hypothesis import strategies as st
+from layouts import LAYOUTS, lay_out
 
 DOMAIN = {
     "sizes": "0 to 3 images or no batch dimension; 0 to 3 channels a group, 1 to 5 filters a group, 1 to 3 groups; "
     "kernels of 1 to 4, images from the smallest they fit to 8 more, H and W apart; batch_norm also "
     "(N, C), (N, C, L), 5 and 6 dimensions and (C,)",
-    "pairs": "stride, padding, dilation, kernel_size as an int, a list, a tuple or a torch.Size of one or two numbers, "
-    "a NumPy int, a tensor of one element; arguments by position or by keyword, left out or given",
-    "padding": "0 to 4, 'valid', 'same' (also with a stride), other strings; of pooling to half of the kernel and beyond",
+    "pairs": "stride, padding, dilation, kernel_size as an int, a list, a tuple or a torch.Size of one or two "
+    "numbers, a NumPy int, a tensor of one element; arguments by position or by keyword, left out or given",
+    "padding": "0 to 4, 'valid', 'same' (also with a stride), other strings; of pooling to over half of the kernel",
     "dtypes": "float32, float64, bfloat16, float16; mixed, float32 parameters for low precision; int64, complex64",
     "layouts": "contiguous, channels_last, transposed, outermost dimension innermost, every second element, expanded, "
     "overlapping windows, a neg view, a ZeroTensor; of each tensor and of the upstream gradient",
@@ -30,17 +31,6 @@ DOMAIN = {
 }
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-LAYOUTS = (
-    "contiguous",
-    "channels_last",
-    "transposed",
-    "outside in",
-    "slices",
-    "expanded",
-    "overlapping",
-    "neg view",
-    "zero",
-)
 FILLS = ("normal", "ties", "infinities", "nan", "offset")
 HUGE = (2**31, 2**40, 2**62, 2**63 - 1)
 
@@ -73,38 +63,6 @@ def _values(size, fill, generator):
         chosen = special[torch.randint(0, 4, size, generator=generator)].double()
         return torch.where(torch.rand(size, generator=generator) < 0.7, chosen, values)
     return values
-
-
-def lay_out(values, layout):
-    """A tensor of the same size, and, where the layout allows it, of the same values."""
-    rank = values.dim()
-    if layout == "channels_last" and rank >= 3:
-        channels = 0 if rank == 3 else 1
-        return values.movedim(channels, -1).contiguous().movedim(-1, channels)
-    if layout == "transposed" and rank >= 2:
-        return values.mT.contiguous().mT
-    if layout == "outside in" and rank >= 2:
-        return values.transpose(0, -1).contiguous().transpose(0, -1)
-    if layout == "slices":
-        base = torch.zeros([2 * n + 1 for n in values.shape], dtype=values.dtype).fill_(77)
-        return base[tuple(slice(1, None, 2) for _ in values.shape)].copy_(values)
-    if layout == "expanded" and rank >= 1 and values.numel():
-        dim = values.numel() % rank
-        return values.narrow(dim, 0, 1).contiguous().expand_as(values)
-    if layout == "overlapping" and values.numel():
-        strides = [1 + (dim % 2) for dim in range(rank)]
-        reach = 1 + sum((n - 1) * s for n, s in zip(values.shape, strides, strict=True))
-        return (
-            values.flatten()[:1]
-            .repeat(reach)
-            .mul(torch.arange(reach).sub(reach // 2).to(values.dtype))
-            .as_strided(values.shape, strides)
-        )
-    if layout == "neg view" and values.dtype is not torch.int64:
-        return torch._neg_view(-values)
-    if layout == "zero":
-        return torch._efficientzerotensor(values.shape, dtype=values.dtype)
-    return values.contiguous()
 
 
 LAYOUT = st.sampled_from(["contiguous"] * 4 + ["channels_last"] * 4 + list(LAYOUTS[2:]))
