@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <sstream>
 #include <stdexcept>
+#include <utility>
 
 namespace fastconv {
 namespace {
@@ -110,6 +111,9 @@ void check_pool(const Sizes& x_size, Pair window, Pair step, Pair pad, Pair spre
   };
   check_pad(pad.h, kernel.h, window.h, spread.h);
   check_pad(pad.w, kernel.w, window.w, spread.w);
+  if (pad.h > window.h / 2 || pad.w > window.w / 2)
+    fail("pad should be smaller than or equal to half of kernel size, but got padW = ", pad.w, ", padH = ", pad.h,
+         ", kW = ", window.w, ", kH = ", window.h);
 }
 
 void check_pooled_size(int64_t C, int64_t H, int64_t W, int64_t P, int64_t Q) {
@@ -127,8 +131,12 @@ Conv2dProblem make_conv2d_problem(const Sizes& x_size, const Sizes& w_size, cons
     fail("Expected 3D (unbatched) or 4D (batched) input to conv2d, but got input of size: ", format_sizes(x_size));
   if (w_size.size() != 4) {
     if (w_size.size() < 3) fail("weight should have at least three dimensions");
-    fail("expected stride to be a single integer value or a list of ", w_size.size() - 2,
-         " values to match the convolution dimensions, but got stride=", format_sizes(stride));
+    for (const auto& [what, values] : {std::pair{"stride", &stride}, {"padding", &padding}, {"dilation", &dilation}})
+      if (values->size() != 1 && values->size() != w_size.size() - 2)
+        fail("expected ", what, " to be a single integer value or a list of ", w_size.size() - 2,
+             " values to match the convolution dimensions, but got ", what, "=", format_sizes(*values));
+    fail("Expected ", w_size.size(), "-dimensional input for ", w_size.size(), "-dimensional weight ",
+         format_sizes(w_size), ", but got 4-dimensional input of size ", format_sizes(x_size), " instead");
   }
   const Pair step = conv_pair("stride", stride);
   const Pair pad = conv_pair("padding", padding);
@@ -165,7 +173,9 @@ Conv2dProblem make_conv2d_problem(const Sizes& x_size, const Sizes& w_size, cons
   if ((p.H == 0 || p.W == 0) && p.N != 0 && p.C != 0)
     fail("Only zero batch or zero channel inputs are supported, but got input shape: ", format_sizes(x_size));
 
-  p.stride_h = step.h, p.stride_w = step.w;
+  // A stride beyond the padded image leaves one window, as its size does, and sums with the latter cannot overflow.
+  p.stride_h = std::min(step.h, std::max<int64_t>(padded_h, 1)),
+  p.stride_w = std::min(step.w, std::max<int64_t>(padded_w, 1));
   p.pad_h = pad.h, p.pad_w = pad.w;
   p.dilation_h = spread.h, p.dilation_w = spread.w;
   p.groups = groups, p.dtype = dtype, p.layout = layout;

@@ -11,17 +11,30 @@ def _empty(like, size, channels_last, dtype=None):
     return torch.empty(size, dtype=dtype or like.dtype, device=like.device, memory_format=memory_format)
 
 
+def _check_devices(x, *others):
+    """A call with tensors on the meta device and elsewhere comes here too."""
+    for other in others:
+        if other is not None and other.device != x.device:
+            raise RuntimeError(
+                "Expected all tensors to be on the same device, but found at least two devices, "
+                f"{x.device} and {other.device}!"
+            )
+
+
 # Of the convolutions' last arguments torch leaves out those that have their default.
 def conv2d_fprop(x, w, bias, stride=1, padding=0, dilation=1, groups=1, channels_last=False, *_):
+    _check_devices(x, w, bias)
     n, _, p, q = F.conv2d(x, w, bias, stride, padding, dilation, groups).shape
     return _empty(x, (n, w.shape[0], p, q), channels_last)  # of no input channels torch makes no output channels
 
 
 def conv2d_dgrad(dy, w, x_size, stride=1, padding=0, dilation=1, groups=1, channels_last=False, *_):
+    _check_devices(dy, w)
     return _empty(dy, x_size, channels_last)
 
 
 def conv2d_wgrad(dy, x, w_size, bias_grad, stride=1, padding=0, dilation=1, groups=1, channels_last=False, *_):
+    _check_devices(dy, x)
     return _empty(dy, w_size, channels_last), _empty(dy, (w_size[0] if bias_grad else 0,), False)
 
 
@@ -37,6 +50,7 @@ def max_pool2d_forward(x, kernel_size, stride, padding, dilation, ceil_mode, cha
 
 
 def max_pool2d_backward(dy, offsets, x_size, kernel_size, stride, padding, dilation, ceil_mode, channels_last):
+    _check_devices(dy, offsets)
     return _empty(dy, x_size, channels_last)
 
 
@@ -64,15 +78,18 @@ def _statistics_dtype(x):
 
 
 def batch_norm_train(x, weight, bias, running_mean, running_var, momentum, eps, channels_last):
+    _check_devices(x, weight, bias, running_mean, running_var)
     mean = x.new_empty(x.shape[1], dtype=_statistics_dtype(x))
     return _empty(x, x.shape, channels_last), mean, torch.empty_like(mean)
 
 
 def batch_norm_eval(x, weight, bias, running_mean, running_var, eps, channels_last):
+    _check_devices(x, weight, bias, running_mean, running_var)
     return _empty(x, x.shape, channels_last)
 
 
 def batch_norm_backward(dy, x, weight, mean, invstd, training, channels_last):
+    _check_devices(x, dy, weight, mean, invstd)
     return _empty(x, x.shape, channels_last), torch.empty_like(mean), torch.empty_like(mean)
 
 

@@ -205,6 +205,7 @@ class BatchNormTrain(Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, running_mean, running_var, momentum, eps, channels_last):
+        check_statistics(ctx)
         outputs = _ops.batch_norm_train(x, weight, bias, running_mean, running_var, momentum, eps, channels_last)
         _save_batch_norm(ctx, x, weight, bias, *outputs[1:], eps, channels_last)
         return outputs
@@ -217,12 +218,22 @@ class BatchNormTrain(Function):
 class BatchNormEval(Function):
     @staticmethod
     def forward(ctx, x, weight, bias, running_mean, running_var, eps, channels_last):
+        check_statistics(ctx)
         _save_batch_norm(ctx, x, weight, bias, *_running(x, running_mean, running_var, eps), eps, channels_last)
         return _ops.batch_norm_eval(x, weight, bias, running_mean, running_var, eps, channels_last)
 
     @staticmethod
     def backward(ctx, dy):
         return *_batch_norm_grads(ctx, dy, training=False), *(None for _ in range(4))
+
+
+def check_statistics(ctx):
+    for name, needs_grad in zip(("running_mean", "running_var"), ctx.needs_input_grad[3:5], strict=True):
+        if needs_grad:  # torch's text
+            raise RuntimeError(
+                f"The function 'native_batch_norm' is not differentiable with respect to argument '{name}'. This input "
+                "cannot have requires_grad True."
+            )
 
 
 def _running(x, running_mean, running_var, eps):
@@ -285,11 +296,11 @@ def per_channel(values, x):
 
 
 def batch_norm_train(*args):
-    return _call(BatchNormTrain, _ops.batch_norm_train, 3, args)[0]
+    return _call(BatchNormTrain, _ops.batch_norm_train, 5, args)[0]
 
 
 def batch_norm_eval(*args):
-    return _call(BatchNormEval, _ops.batch_norm_eval, 3, args)
+    return _call(BatchNormEval, _ops.batch_norm_eval, 5, args)
 
 
 def register(namespace):
@@ -359,7 +370,10 @@ def register(namespace):
 
     # register_autograd takes no op that writes to its inputs, so this one gets a kernel that raises.
     def batch_norm_train_autograd(x, weight, bias, *rest):
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+        needs_grad = (
+            torch.is_grad_enabled() and not torch.compiler.is_exporting()
+        )  # an exported program checks when run
+        if needs_grad and any(t is not None and t.requires_grad for t in (x, weight, bias)):
             raise NotImplementedError(f"{namespace}::batch_norm_train: fastconv.batch_norm is the differentiable one")
         with torch._C._AutoDispatchBelowAutograd():
             return getattr(torch.ops, namespace).batch_norm_train.default(x, weight, bias, *rest)

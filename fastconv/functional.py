@@ -1,6 +1,7 @@
 """Convolution, pooling and BatchNorm with the signatures and semantics of torch.nn.functional."""
 
 import math
+import operator
 import re
 import warnings
 
@@ -15,12 +16,17 @@ _warned = set()
 
 
 def _has_kernel(tensor):
-    dense = tensor.layout is torch.strided and (tensor.is_cpu or tensor.is_cuda or tensor.is_meta)
+    try:
+        dense = tensor.layout is torch.strided and (tensor.is_cpu or tensor.is_cuda or tensor.is_meta)
+    except AttributeError:  # no tensor: torch says so
+        return False
     return dense and tensor.dtype in _FLOATING
 
 
 def _warn_fallback(op, tensor):
     """Complex, integer and quantized tensors and other devices go to torch.nn.functional, with one warning each."""
+    if not isinstance(tensor, torch.Tensor):
+        return
     key = (op, tensor.dtype, tensor.device.type)
     if key not in _warned:
         _warned.add(key)
@@ -51,6 +57,35 @@ def _wants_channels_last(input, weight, cuda):
     if input.dim() != 4 or weight.dim() != 4 or (cuda and input.dtype is torch.float64):
         return False
     return _channels_last(input) or _channels_last(weight)
+
+
+def _is_plain(option):
+    numbers = option if isinstance(option, (tuple, list)) else (option,)
+    return all(isinstance(n, int) and -(2**63) <= n < 2**63 for n in numbers)
+
+
+def _reread(peer, error, tensors, options):
+    """What torch would make of the arguments of a call that failed with `error`.
+
+    torch takes NumPy's integers and tensors of one element for integers: returns the options with these made plain.
+    Raises torch's own error if it cannot read an argument, and `error` if that is not why the call failed.
+    """
+    missing = isinstance(error, AttributeError) or any(not isinstance(t, (torch.Tensor, type(None))) for t in tensors)
+    if not missing and all(map(_is_plain, options)):
+        raise error
+    try:
+        peer(*(t.to("meta") if isinstance(t, torch.Tensor) else t for t in tensors), *options)
+    except (RuntimeError, IndexError):  # read, but refused: so it will be here
+        pass
+    if missing or all(_is_plain(option) or isinstance(option, str) for option in options):
+        raise error
+    return [_plain(option) for option in options]
+
+
+def _plain(option):
+    if isinstance(option, (tuple, list)):
+        return [operator.index(number) for number in option]
+    return option if isinstance(option, str) else operator.index(option)
 
 
 @torch.compiler.assume_constant_result
@@ -96,18 +131,22 @@ def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, 
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     cuda = input.is_cuda
     device = "cuda" if cuda else "cpu"
-    if torch.is_autocast_enabled(device) and input.dtype is not torch.float64 and not input.is_meta:
-        dtype = torch.get_autocast_dtype(device)
-        input, weight = input.to(dtype), weight.to(dtype)
-        bias = bias.to(dtype) if bias is not None else None
-    unbatched = input.dim() == 3
-    if unbatched:
-        input = input.unsqueeze(0)
-    if isinstance(padding, str):
-        padding, input = _string_padding(padding, input, weight, stride, dilation)
-    channels_last = _wants_channels_last(input, weight, cuda)
-    allow_tf32 = cuda and input.dtype is torch.float32 and _allow_tf32()
-    y = autograd.conv2d(input, weight, bias, stride, padding, dilation, groups, channels_last, allow_tf32, algo)
+    try:
+        if torch.is_autocast_enabled(device) and input.dtype is not torch.float64 and not input.is_meta:
+            dtype = torch.get_autocast_dtype(device)
+            input, weight = input.to(dtype), weight.to(dtype)
+            bias = bias.to(dtype) if bias is not None else None
+        unbatched = input.dim() == 3
+        if unbatched:
+            input = input.unsqueeze(0)
+        if isinstance(padding, str):
+            padding, input = _string_padding(padding, input, weight, stride, dilation)
+        channels_last = _wants_channels_last(input, weight, cuda)
+        allow_tf32 = cuda and input.dtype is torch.float32 and _allow_tf32()
+        y = autograd.conv2d(input, weight, bias, stride, padding, dilation, groups, channels_last, allow_tf32, algo)
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        options = _reread(F.conv2d, error, (input, weight, bias), (stride, padding, dilation, groups))
+        y = conv2d(input, weight, bias, *options, algo=algo)
     return y.squeeze(0) if unbatched else y
 
 
@@ -116,10 +155,15 @@ def _string_padding(padding, input, weight, stride, dilation):
         return 0, input
     if padding != "same":
         raise RuntimeError(f"Invalid padding string: '{padding}'")
+    for name, value in (("stride", stride), ("dilation", dilation)):
+        if len(_pair(value)) != 2:
+            raise RuntimeError(f"{name} cannot broadcast to 2 dimensions")
+    if weight.dim() != 4:  # refused below
+        return 0, input
     if any(s != 1 for s in _pair(stride)):
         raise RuntimeError("padding='same' is not supported for strided convolutions")
     symmetric, rest = _same_padding(padding, weight.shape[2:], _pair(dilation))
-    if any(rest):
+    if any(rest) and input.dim() == 4:
         input = F.pad(input, (0, rest[1], 0, rest[0]))
     return symmetric, input
 
@@ -213,12 +257,18 @@ def max_pool2d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode
         return F.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
     unbatched = input.dim() == 3
     if unbatched:
+        if input.numel() == 0:  # torch's own error, which shows the size
+            return F.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
         input = input.unsqueeze(0)
-    if stride is None or (not isinstance(stride, int) and len(stride) == 0):
+    if stride is None or (isinstance(stride, (tuple, list)) and len(stride) == 0):
         stride = kernel_size
     channels_last = input.dim() == 4 and _channels_last(input)
     window = (kernel_size, stride, padding, dilation, ceil_mode, channels_last)
-    y, offsets = autograd.max_pool2d(input, *window, return_offsets=return_indices)
+    try:
+        y, offsets = autograd.max_pool2d(input, *window, return_offsets=return_indices)
+    except (RuntimeError, TypeError) as error:
+        window = (*_reread(F.max_pool2d, error, (input,), window[:4]), ceil_mode, channels_last)
+        y, offsets = autograd.max_pool2d(input, *window, return_offsets=return_indices)
     if not return_indices:
         return y.squeeze(0) if unbatched else y
     indices = _ops.max_pool2d_indices(offsets, input.shape, *window)
@@ -313,7 +363,7 @@ def batch_norm(input, running_mean, running_var, weight=None, bias=None, trainin
     if not _has_kernel(input):
         _warn_fallback("batch_norm", input)
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    if input.dim() < 2:  # torch's own error
+    if input.dim() < 2 or not isinstance(training, bool) or not isinstance(momentum, (float, int)):  # torch's own error
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     if training and input.shape[0] * math.prod(input.shape[2:]) == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
@@ -321,9 +371,13 @@ def batch_norm(input, running_mean, running_var, weight=None, bias=None, trainin
         values = torch.ones(2, 1)
         F.batch_norm(values, values[0], values[0], training=training, eps=eps)
     channels_last = input.dim() in (4, 5) and _channels_last(input)
-    if training:
-        return autograd.batch_norm_train(input, weight, bias, running_mean, running_var, momentum, eps, channels_last)
-    for name, statistics in (("running_mean", running_mean), ("running_var", running_var)):
-        if statistics is None:
-            raise RuntimeError(f"{name} must be defined in evaluation mode")
-    return autograd.batch_norm_eval(input, weight, bias, running_mean, running_var, eps, channels_last)
+    tensors = (weight, bias, running_mean, running_var)
+    try:
+        if training:
+            return autograd.batch_norm_train(input, *tensors, momentum, eps, channels_last)
+        for name, statistics in (("running_mean", running_mean), ("running_var", running_var)):
+            if statistics is None:
+                raise RuntimeError(f"{name} must be defined in evaluation mode")
+        return autograd.batch_norm_eval(input, *tensors, eps, channels_last)
+    except (RuntimeError, AttributeError) as error:
+        _reread(F.batch_norm, error, (input, running_mean, running_var, weight, bias), ())

@@ -199,6 +199,7 @@ class BatchNormTrain(autograd.BatchNormTrain):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
+        autograd.check_statistics(ctx)
         x, weight, bias, _, _, _, eps, channels_last = inputs
         _, mean, invstd = output
         autograd._save_batch_norm(ctx, x, weight, bias, mean, invstd, eps, channels_last)
@@ -219,6 +220,7 @@ class BatchNormEval(autograd.BatchNormEval):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
+        autograd.check_statistics(ctx)
         x, weight, bias, running_mean, running_var, eps, channels_last = inputs
         mean, invstd = autograd._running(x, running_mean, running_var, eps)
         autograd._save_batch_norm(ctx, x, weight, bias, mean, invstd, eps, channels_last)

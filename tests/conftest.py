@@ -25,6 +25,9 @@ ORDERS = ("forward", "reverse", "shuffled")
 def pytest_addoption(parser):
     parser.addoption("--fastconv-order", choices=ORDERS, default="forward", help="of the emulated threads")
     parser.addoption("--fastconv-sanitizer", choices=tuple(sanitizers.RUNTIMES), help="of the emulated kernels")
+    parser.addoption(
+        "--full", action="store_true", help="also what takes minutes or many GB; ten times the random calls"
+    )
 
 
 def pytest_configure(config):
@@ -127,6 +130,12 @@ def _same_start_for_every_test():
     # More threads would only wait for each other over small tensors. That they give the same bits is a test of each op.
     torch.set_num_threads(1)
     torch.backends.cudnn.conv.fp32_precision = "ieee"  # the tests of tf32 ask for it
+
+
+@pytest.fixture
+def full(request):
+    """Whether --full asks for what takes long."""
+    return request.config.getoption("--full")
 
 
 @pytest.fixture

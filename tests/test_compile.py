@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from layouts import lay_out
 from torch._subclasses import FakeTensorMode
 
 import fastconv
@@ -54,16 +55,59 @@ def test_opcheck(name, nhwc):
     torch.library.opcheck(getattr(torch.ops.fastconv, name).default, op_arguments(nhwc)[name])
 
 
+ODD_LAYOUTS = ("transposed", "outside in", "slices", "expanded", "overlapping")
+
+
+def laid_out(arguments, layout):
+    """The same arguments with their images and filters in another layout."""
+    return [
+        lay_out(a.detach(), layout) if isinstance(a, torch.Tensor) and a.dim() == 4 and a.is_floating_point() else a
+        for a in arguments
+    ]
+
+
+@pytest.mark.parametrize("name", fastconv._ops.OPS)
+def test_opcheck_of_transposed_tensors(name):
+    arguments = laid_out(op_arguments(False)[name], "transposed")
+    torch.library.opcheck(getattr(torch.ops.fastconv, name).default, tuple(arguments))
+
+
+@pytest.mark.parametrize("layout", ("as it is", *ODD_LAYOUTS))
 @pytest.mark.parametrize("nhwc", [False, True], ids=["NCHW", "NHWC"])
 @pytest.mark.parametrize("name", fastconv._ops.OPS)
-def test_fake_kernels_give_the_strides_of_the_real_ones(name, nhwc):
+def test_fake_kernels_give_the_strides_of_the_real_ones(name, nhwc, layout):
     op, arguments = getattr(torch.ops.fastconv, name), op_arguments(nhwc)[name]
+    if layout != "as it is":
+        arguments = laid_out(arguments, layout)
     with torch.no_grad():
         real = op(*arguments)
         with FakeTensorMode() as mode:
             fake = op(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments))
     for r, f in zip(*(t if isinstance(t, (tuple, list)) else (t,) for t in (real, fake)), strict=True):
         assert r.shape == f.shape and r.stride() == f.stride() and r.dtype is f.dtype
+
+
+@pytest.mark.parametrize("w_layout", ("contiguous", "channels_last", "transposed"))
+@pytest.mark.parametrize("x_layout", ("contiguous", "channels_last", *ODD_LAYOUTS))
+def test_functions_of_fake_tensors_give_the_strides_of_real_ones(x_layout, w_layout):
+    def results(x, w):
+        y = fastconv.conv2d(x, w, padding=(1, 0))
+        return (
+            y,
+            *fastconv.max_pool2d(x, (2, 3), 2, 1, return_indices=True),
+            fastconv.batch_norm(x, None, None, training=True),
+        )
+
+    for size in ((2, 4, 9, 8), (2, 1, 5, 6), (3, 4, 1, 1), (1, 4, 5, 1), (4, 6, 7)):
+        x = lay_out(torch.randn(size), x_layout)
+        w = lay_out(torch.randn(3, size[-3], min(size[-2], 3), 1), w_layout)
+        if x.shape[-1] == 1:  # too small for the pool
+            x = x.expand(*x.shape[:-1], 4)
+        real = results(x, w)
+        with FakeTensorMode() as mode:
+            fake = results(mode.from_tensor(x), mode.from_tensor(w))
+        for r, f in zip(real, fake, strict=True):
+            assert r.shape == f.shape and r.stride() == f.stride() and r.dtype is f.dtype
 
 
 class Network(torch.nn.Module):

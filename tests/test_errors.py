@@ -42,9 +42,14 @@ CONV2D = {
     "dilated kernel larger than the image": lambda lib: lib.conv2d(image(), filters(), dilation=(2, 4), padding=(0, 0)),
     "no rows": lambda lib: lib.conv2d(image(2, 4, 0, 5), filters(), padding=2),
     "other dtype of the weight": lambda lib: lib.conv2d(image(), filters(dtype=torch.float64)),
-    "other dtype of the input": lambda lib: lib.conv2d(image(dtype=torch.bfloat16), filters()),
+    # Of a bfloat16 input torch speaks in two ways, with and without oneDNN.
+    "other dtype of the input": lambda lib: lib.conv2d(image(dtype=torch.float64), filters()),
     "integer weight": lambda lib: lib.conv2d(image(), filters(dtype=torch.int32)),
     "other dtype of the bias": lambda lib: lib.conv2d(image(), filters(), image(6, dtype=torch.float64)),
+    "padding 'same' with three dilations": lambda lib: lib.conv2d(
+        image(), filters(), padding="same", dilation=(1, 1, 1)
+    ),
+    "3D weight": lambda lib: lib.conv2d(image(), filters(6, 4, 3), stride=(1,), padding=(1, 0)),
     "padding 'same' with a stride": lambda lib: lib.conv2d(image(), filters(), stride=2, padding="same"),
     "padding 'full'": lambda lib: lib.conv2d(image(), filters(), padding="full"),
 }
@@ -90,6 +95,7 @@ MAX_POOL2D = {
     "2D input": lambda lib: lib.max_pool2d(image(4, 8), 2),
     "5D input": lambda lib: lib.max_pool2d(image(1, 2, 4, 8, 8), 2),
     "no channels": lambda lib: lib.max_pool2d(image(2, 0, 8, 8), 2),
+    "no rows, unbatched": lambda lib: lib.max_pool2d(image(4, 0, 8), 2),
     "no rows": lambda lib: lib.max_pool2d(image(2, 4, 0, 8), 2),
     "kernel 0": lambda lib: lib.max_pool2d(image(), 0, 1),
     "kernel -1": lambda lib: lib.max_pool2d(image(), (2, -1), 1),
@@ -100,6 +106,7 @@ MAX_POOL2D = {
     "padding -1": lambda lib: lib.max_pool2d(image(), 2, 2, (0, -1)),
     "padding over half the kernel": lambda lib: lib.max_pool2d(image(), 3, 2, 2),
     "padding over half the kernel's width": lambda lib: lib.max_pool2d(image(), (5, 3), 2, (2, 2)),
+    "padding over half the kernel, dilated": lambda lib: lib.max_pool2d(image(), 3, 2, (2, 0), 2),
     "three paddings": lambda lib: lib.max_pool2d(image(), 2, 2, (0, 0, 0)),
     "dilation 0": lambda lib: lib.max_pool2d(image(), 2, 2, 0, 0),
     "three dilations": lambda lib: lib.max_pool2d(image(), 2, 2, 0, (1, 1, 1)),
@@ -162,6 +169,10 @@ BATCH_NORM = {
     "float64 parameters for half input": lambda lib: lib.batch_norm(
         image(dtype=torch.float16), ONES.double(), ONES.double(), ONES.double(), ONES.double()
     ),
+    "momentum None": lambda lib: lib.batch_norm(image(), ONES, ONES, momentum=None),
+    "training None": lambda lib: lib.batch_norm(image(), ONES, ONES, training=None),
+    "a number for running_var": lambda lib: lib.batch_norm(image(), ONES, 1.0),
+    "running_mean that needs a gradient": lambda lib: lib.batch_norm(image(), ONES.clone().requires_grad_(), ONES),
     "float32 parameters for float64 input": lambda lib: lib.batch_norm(image(dtype=torch.float64), ONES, ONES),
 }
 

@@ -20,6 +20,7 @@ void check_dtypes(const Tensor& x, std::initializer_list<const std::optional<Ten
   const Tensor* first = nullptr;
   for (const std::optional<Tensor>* parameter : parameters) {
     if (!*parameter) continue;
+    check_same_device(x, **parameter);
     const ScalarType dtype = (*parameter)->scalar_type();
     const bool low = dtype_of(x) == DType::float16 || dtype_of(x) == DType::bfloat16;
     if (dtype != x.scalar_type() && !(low && dtype == ScalarType::Float))
@@ -30,6 +31,13 @@ void check_dtypes(const Tensor& x, std::initializer_list<const std::optional<Ten
     if (first->scalar_type() != dtype)
       throw std::runtime_error("mixed dtype (CPU): expect parameter to have scalar type of Float");
   }
+}
+
+void check_statistics(const char* what, const Tensor& statistics, const BatchNormProblem& problem) {
+  check_parameter(what, statistics, problem);
+  if (statistics.dim() != 1)
+    throw std::runtime_error("fastconv: expected " + std::string(what) + " to be 1-dimensional, but got size " +
+                             format_sizes(sizes_of(statistics)));
 }
 
 std::optional<Tensor> as_statistics(const std::optional<Tensor>& tensor, const BatchNormProblem& problem) {
@@ -54,8 +62,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_train(const Tensor& x, const std::
   const BatchNormProblem problem = problem_of(x, channels_last);
   if (running_mean.has_value() != running_var.has_value())
     throw std::invalid_argument("running_mean and running_var must either both be None or neither be None");
-  if (running_mean) check_parameter("running_mean", *running_mean, problem);
-  if (running_var) check_parameter("running_var", *running_var, problem);
+  if (running_mean) check_statistics("running_mean", *running_mean, problem);
+  if (running_var) check_statistics("running_var", *running_var, problem);
   if (weight) check_parameter("weight", *weight, problem);
   if (bias) check_parameter("bias", *bias, problem);
   check_dtypes(x, {&weight, &bias, &running_mean, &running_var});
@@ -97,8 +105,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_train(const Tensor& x, const std::
 Tensor batch_norm_eval(const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
                        const Tensor& running_mean, const Tensor& running_var, double eps, bool channels_last) {
   const BatchNormProblem problem = problem_of(x, channels_last);
-  check_parameter("running_mean", running_mean, problem);
-  check_parameter("running_var", running_var, problem);
+  check_statistics("running_mean", running_mean, problem);
+  check_statistics("running_var", running_var, problem);
   if (weight) check_parameter("weight", *weight, problem);
   if (bias) check_parameter("bias", *bias, problem);
   const std::optional<Tensor> kept_mean = running_mean, kept_var = running_var;

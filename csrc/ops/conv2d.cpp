@@ -73,6 +73,7 @@ Tensor conv2d_fprop(const Tensor& x, const Tensor& w, const std::optional<Tensor
   if (bias && bias->scalar_type() != x.scalar_type())
     throw std::runtime_error("Input type (" + scalar_type_name(x) + ") and bias type (" + scalar_type_name(*bias) +
                              ") should be the same");
+  if (bias) check_same_device(x, *bias);
   const Device device(x);
   Prepared prepared(problem, Direction::fprop, device, config, x);
   const Tensor x_dense = in_layout(x, problem.layout), w_dense = in_layout(w, problem.layout);

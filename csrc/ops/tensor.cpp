@@ -78,6 +78,15 @@ Tensor convert(const Tensor& tensor, ScalarType dtype) {
   return in_layout(typed, Layout::NCHW);
 }
 
+void check_same_device(const Tensor& x, const Tensor& other) {
+  if (x.is_cuda() == other.is_cuda() && (!x.is_cuda() || x.get_device_index() == other.get_device_index())) return;
+  const auto name = [](const Tensor& t) {
+    return t.is_cuda() ? "cuda:" + std::to_string(t.get_device_index()) : std::string("cpu");
+  };
+  throw std::runtime_error("Expected all tensors to be on the same device, but found at least two devices, " + name(x) +
+                           " and " + name(other) + "!");
+}
+
 std::string type_name(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case ScalarType::Float: return "Float";

@@ -37,6 +37,9 @@ inline const void* data(const Tensor& tensor) { return tensor.const_data_ptr(); 
 inline const void* data(const std::optional<Tensor>& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
 inline void* mutable_data(const Tensor& tensor) { return tensor.mutable_data_ptr(); }
 
+// Throws torch's error if one of them is on a GPU and the other is not, or on another one.
+void check_same_device(const Tensor& x, const Tensor& other);
+
 // The names that torch's messages use: "Float"; "torch.FloatTensor", "torch.cuda.HalfTensor"; "float", "c10::Half".
 std::string type_name(const Tensor& tensor);
 std::string tensor_type_name(const Tensor& tensor);
