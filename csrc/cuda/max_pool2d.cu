@@ -220,7 +220,7 @@ struct Windows {
                                      const Divide<Index>& by_stride, Index outputs) {
     const Index start = max(first - (taps - 1) * dilation, Index(0));
     begin = by_stride.quotient(start + stride - 1);
-    end = min(by_stride.quotient(last) + 1, outputs);  // redundant: later windows would only take time
+    end = min(by_stride.quotient(last) + 1, outputs);
   }
 };
 
