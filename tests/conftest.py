@@ -107,7 +107,12 @@ def _open_backend(request):
             pytest.skip("no CUDA device")
         if not fastconv.planning._introspection().built_with_cuda:
             pytest.skip("fastconv was built without CUDA kernels")
-        yield Backend("cuda", "cuda")
+        precision = torch.backends.cudnn.conv.fp32_precision
+        torch.backends.cudnn.conv.fp32_precision = "ieee"  # the tests of tf32 ask for it
+        try:
+            yield Backend("cuda", "cuda")
+        finally:
+            torch.backends.cudnn.conv.fp32_precision = precision
     else:
         yield Backend("cpu", "cpu")
 
@@ -129,7 +134,6 @@ def _same_start_for_every_test():
     torch.manual_seed(0)
     # More threads would only wait for each other over small tensors. That they give the same bits is a test of each op.
     torch.set_num_threads(1)
-    torch.backends.cudnn.conv.fp32_precision = "ieee"  # the tests of tf32 ask for it
 
 
 @pytest.fixture

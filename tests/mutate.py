@@ -21,7 +21,7 @@ TREE = WORK / "tree"
 sys.path.insert(0, str(ROOT / "tests" / "mutation"))
 import rewrite  # noqa: E402
 
-OPS = ("conv2d", "max_pool2d", "batch_norm")
+OPS = ("avg_pool2d", "batch_norm", "conv2d_mma", "conv2d", "max_pool2d")
 SWITCH = """// Which mutant runs; 0: none.
 extern "C" __attribute__((visibility("default"))) int fastconv_mutant;
 int fastconv_mutant = 0;

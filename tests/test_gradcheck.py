@@ -83,9 +83,13 @@ def test_conv2d_by_algorithm(backend):
     x, w, *config = CONVOLUTIONS["depthwise"]
     inputs = leaf(backend, x), leaf(backend, w), leaf(backend, (w[0],))
     for algo in backend.algorithms:
-        check(
-            backend, lambda *inputs, algo=algo: fastconv.conv2d(*inputs, *config, algo=algo), inputs, algo == "direct"
-        )
+        if algo != "mma":  # has no float64
+            check(
+                backend,
+                lambda *inputs, algo=algo: fastconv.conv2d(*inputs, *config, algo=algo),
+                inputs,
+                algo == "direct",
+            )
 
 
 @pytest.mark.parametrize("config", [(1, 0, 1, 1), (2, 3, 2, 2), (1, "same", 3, 1)], ids=str)

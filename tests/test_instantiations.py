@@ -8,8 +8,10 @@ import re
 import subprocess
 
 import pytest
+import test_avg_pool2d
 import test_batch_norm
 import test_conv2d
+import test_conv2d_mma
 import test_max_pool2d
 import torch
 from conftest import ROOT, emulated_library_path
@@ -40,7 +42,7 @@ def instantiations(symbols, kernels):
     """[(index of the symbol, name)] of the symbols that are instantiations of these kernels."""
     found = []
     for index, symbol in enumerate(output_of("c++filt", text="\n".join(symbols))):
-        for scope in ("void ", "(anonymous namespace)::", "fastconv::cuda::", "(Window)"):
+        for scope in ("void ", "(anonymous namespace)::", "fastconv::cuda::", "fastconv::", "(Window)", "(Direction)"):
             symbol = symbol.replace(scope, "")
         match = re.fullmatch(r"((\w+)(?:<.*?>)?)\(.*\)", symbol)
         if match and match[2] in kernels and "lambda" not in symbol:
@@ -66,6 +68,19 @@ def check_conv2d(backend, dtype, layout):
         test_conv2d.check(backend, case, dtype, layout, "depthwise")
 
 
+def check_conv2d_mma(backend, dtype, layout):
+    for case in test_conv2d_mma.VECTOR_CASES[:2]:  # small tiles and large ones, in every direction
+        if dtype.itemsize == 2:
+            test_conv2d.check(backend, case, dtype, layout, "mma")
+        elif dtype is torch.float32:
+            test_conv2d_mma.check_tf32(backend, case, layout)
+
+
+def check_avg_pool2d(backend, dtype, layout):
+    for case in test_avg_pool2d.CASES:
+        test_avg_pool2d.check(backend, case, test_avg_pool2d.lay_out(torch.randn(case.x).to(dtype), layout))
+
+
 def check_max_pool2d(backend, dtype, layout):
     for case in test_max_pool2d.CASES[:9] + test_max_pool2d.CASES[17:]:
         x = test_max_pool2d.lay_out(torch.randn(case.x).to(dtype), layout)
@@ -88,6 +103,8 @@ def test_every_instantiation_runs(backend, emulated_library):
     for dtype in DTYPES:
         for layout in ("contiguous", "channels_last"):
             check_conv2d(backend, dtype, layout)
+            check_conv2d_mma(backend, dtype, layout)
+            check_avg_pool2d(backend, dtype, layout)
             check_max_pool2d(backend, dtype, layout)
             check_batch_norm(backend, dtype, layout)
     never = sorted(name for name, offset in offsets.items() if launches(offset) == before[name])

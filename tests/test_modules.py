@@ -335,7 +335,7 @@ def test_every_layer_is_converted_and_reverted():
     layers = {
         "Conv1d": (3, 4, 2), "Conv2d": (3, 4, 2), "MaxPool2d": (2,), "AvgPool2d": (2,), "AdaptiveAvgPool2d": (2,),
         "BatchNorm1d": (3,), "BatchNorm2d": (3,), "LazyConv1d": (4, 2), "LazyConv2d": (4, 2), "LazyBatchNorm1d": (),
-        "LazyBatchNorm2d": (),
+        "LazyBatchNorm2d": (), "SyncBatchNorm": (3,),
     }  # fmt: skip
     assert set(layers) == {n for n in fastconv.__all__ if isinstance(getattr(fastconv, n), type) and hasattr(nn, n)}
     model = nn.Sequential(*(getattr(nn, name)(*arguments) for name, arguments in layers.items()))

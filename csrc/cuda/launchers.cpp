@@ -19,7 +19,7 @@ const Launchers* launchers() {
       batch_norm_eval,
       batch_norm_backward,
       batch_norm_moments,
-      batch_norm_apply_gradients,
+      batch_norm_backward_apply,
   };
   return &table;
 }

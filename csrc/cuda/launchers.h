@@ -61,7 +61,7 @@ Status batch_norm_backward(const BatchNormProblem&, const BatchNormPlan&, const 
                            void* dweight, void* dbias, void* workspace, Stream);
 Status batch_norm_moments(const BatchNormProblem&, const BatchNormPlan&, const void* x, double* moments,
                           void* workspace, Stream);
-Status batch_norm_apply_gradients(const BatchNormProblem&, const BatchNormPlan&, const void* dy, const void* x,
+Status batch_norm_backward_apply(const BatchNormProblem&, const BatchNormPlan&, const void* dy, const void* x,
                                   const void* weight, const void* mean, const void* invstd, const void* means, void* dx,
                                   Stream);
 
@@ -81,7 +81,7 @@ struct Launchers {
   decltype(&fastconv::cuda::batch_norm_eval) batch_norm_eval;
   decltype(&fastconv::cuda::batch_norm_backward) batch_norm_backward;
   decltype(&fastconv::cuda::batch_norm_moments) batch_norm_moments;
-  decltype(&fastconv::cuda::batch_norm_apply_gradients) batch_norm_apply_gradients;
+  decltype(&fastconv::cuda::batch_norm_backward_apply) batch_norm_backward_apply;
 };
 const Launchers* launchers();
 

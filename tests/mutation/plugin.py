@@ -15,7 +15,7 @@ from pathlib import Path
 from _pytest.runner import runtestprotocol
 from conftest import emulated_library_path
 
-OPS = ("conv2d", "max_pool2d", "batch_norm")
+OPS = ("avg_pool2d", "batch_norm", "conv2d_mma", "conv2d", "max_pool2d")
 FAILED = 42  # exit status of a run in which a test failed
 
 
