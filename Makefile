@@ -34,20 +34,24 @@ test: build
 
 # A stage is a sanitizer and an order of threads. `make test` has run plain-forward already.
 STAGES := plain-reverse plain-shuffled address-forward thread-shuffled
-EMULATED_TESTS := emulated and (test_algorithms or test_medium or test_dtypes or test_values or test_forward_backward)
+SMALL := test_algorithms or test_values or test_forward_backward
+EMULATED_TESTS := emulated and ($(SMALL) or test_medium or test_dtypes)
+THREAD_TESTS := emulated and ($(SMALL) or (test_16_bits and vectors and channels_last))
 ifdef FULL
 STAGES := $(foreach sanitizer,plain address thread,$(addprefix $(sanitizer)-,forward reverse shuffled))
 EMULATED_TESTS := emulated
+THREAD_TESTS := emulated
 endif
+emulated-thread-%: EMULATED_TESTS := $(THREAD_TESTS)
 
 test-emulated: build
 	$(PYTHON) setup.py --quiet build_ext --inplace --emulated --sanitizers address,thread
 	$(MAKE) --no-print-directory --jobs=2 --output-sync $(addprefix emulated-,$(STAGES))
 
-emulated-%:
+$(addprefix emulated-,$(STAGES)):
 	@start=$$(date +%s); echo "$@"; \
-	$(PYTHON) -m pytest -q tests -k "$(EMULATED_TESTS)" --fastconv-order $(word 2,$(subst -, ,$*)) \
-	  $(addprefix --fastconv-sanitizer ,$(filter-out plain,$(word 1,$(subst -, ,$*)))); \
+	$(PYTHON) -m pytest -q tests -k "$(EMULATED_TESTS)" --fastconv-order $(word 3,$(subst -, ,$@)) \
+	  $(addprefix --fastconv-sanitizer ,$(filter-out plain,$(word 2,$(subst -, ,$@)))); \
 	status=$$?; echo "$@: $$(($$(date +%s) - start)) s"; exit $$status
 
 build: $(ENVIRONMENT)

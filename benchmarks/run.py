@@ -27,6 +27,7 @@ import machine  # noqa: E402
 import torch  # noqa: E402
 from chart import draw  # noqa: E402
 from measure import measure, timer  # noqa: E402
+from overhead import measure_overhead, overhead_table  # noqa: E402
 from report import as_dicts, console, group_table, headline, summarize, summary_table, write_json  # noqa: E402
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn  # noqa: E402
 
@@ -73,6 +74,9 @@ def main(arguments=None):
         f"ratio: torch's time / fastconv's, above 1 fastconv is faster; medians (and interquartile ranges)"
     )
     rows = run(options, device, limits, out)
+    overhead = measure_overhead(device, QUICK_SECONDS if options.quick else SECONDS)
+    out.print()
+    out.print(overhead_table(overhead))
 
     summary = summarize(rows)
     result = {
@@ -84,6 +88,7 @@ def main(arguments=None):
         "limits": limits,
         "summary": summary,
         "rows": rows,
+        "overhead": overhead,
     }  # fmt: skip
     options.out.mkdir(parents=True, exist_ok=True)
     files = [options.out / f"{device}-{options.dtype}{suffix}" for suffix in (".json", ".png")]

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -115,6 +116,14 @@ def test_a_tensor_core_kernel_without_such_instructions_is_noticed():
     assert not list(check_sass.complaints(check_sass.count(sass)))
     (complaint,) = check_sass.complaints(check_sass.count(sass.replace("HMMA", "FFMA")))
     assert complaint == "sm_80: conv2d_mma_kernel has no mma instruction"
+
+
+def test_the_tests_that_the_readme_names_exist():
+    table = (ROOT / "README.md").read_text().split("| supported | test |")[1].split("\n\n")[0]
+    named = set(re.findall(r"`(test_\w+(?:\.py)?)`", table))
+    sources = {path.name: path.read_text() for path in (ROOT / "tests").glob("test_*.py")}
+    defined = set(sources) | {name for text in sources.values() for name in re.findall(r"def (test_\w+)", text)}
+    assert len(named) > 20 and named <= defined, named - defined
 
 
 def test_import_without_introspection():
