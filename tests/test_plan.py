@@ -95,6 +95,26 @@ def test_every_algorithm_can_be_asked_for_or_says_why_not():
             assert plan.algo == algo or any(a == algo and not taken for a, taken, _ in plan.reasons)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "NHWC"])
+def test_problems_without_elements_have_plans(layout):
+    for arch, direction in itertools.product(ARCHS, DIRECTIONS):
+        for x, w, padding in (
+            ((0, 3, 8, 9), (4, 3, 3, 2), 0),
+            ((0, 3, 0, 9), (4, 3, 3, 2), 2),
+            ((0, 3, 8, 0), (40, 3, 3, 2), 1),
+            ((2, 0, 8, 9), (40, 0, 3, 2), 0),
+            ((2, 0, 0, 0), (4, 0, 3, 2), 2),
+        ):
+            for algo in (None, *fastconv.algorithms("cpu" if arch == "cpu" else "cuda")):
+                try:
+                    plan = fastconv.plan(
+                        meta(x).to(memory_format=layout), meta(w), 2, padding, direction=direction, arch=arch, algo=algo
+                    )
+                except ValueError:
+                    continue  # the algorithm cannot do it
+                assert plan.multiply_adds == 0 and plan.workspace_bytes < 2**20
+
+
 def test_algorithms():
     assert fastconv.algorithms() == fastconv.algorithms("cpu") == fastconv.algorithms(torch.device("cpu"))
     assert set(fastconv.algorithms()) >= {"direct", "im2col", "depthwise"}

@@ -28,7 +28,7 @@ struct PixelBlock {
 inline PixelBlock pixel_block(int64_t N, int64_t rows, int64_t cols, int64_t target) {
   if (cols >= target) return {1, 1, balanced(cols, target)};
   if (rows * cols >= target) return {1, balanced(rows, target / cols), cols};
-  return {balanced(N, target / (rows * cols)), rows, cols};
+  return {balanced(N, target / (rows * cols < 1 ? 1 : rows * cols)), rows, cols};
 }
 
 // A piece of the contraction: channels × taps.
