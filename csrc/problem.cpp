@@ -144,7 +144,6 @@ Conv2dProblem make_conv2d_problem(const Sizes& x_size, const Sizes& w_size, cons
   if (pad.h < 0 || pad.w < 0) fail("negative padding is not supported");
   if (step.h <= 0 || step.w <= 0) fail("non-positive stride is not supported");
   if (spread.h < 0 || spread.w < 0) fail("dilation should be greater than zero");
-  if (spread.h == 0 || spread.w == 0) fail("non-positive dilation is not supported");
   if (groups <= 0) fail("non-positive groups is not supported");
 
   Conv2dProblem p{};
@@ -163,6 +162,7 @@ Conv2dProblem make_conv2d_problem(const Sizes& x_size, const Sizes& w_size, cons
   if (bias_size && (bias_size->size() != 1 || (*bias_size)[0] != p.K))
     fail("Given weight of size ", format_sizes(w_size), ", expected bias to be 1-dimensional with ", p.K,
          " elements, but got bias of size ", format_sizes(*bias_size), " instead");
+  if (spread.h == 0 || spread.w == 0) fail("non-positive dilation is not supported");
   if (p.R == 0 || p.S == 0) fail("fastconv: the kernel has no elements, weight is of size ", format_sizes(w_size));
 
   const int64_t kernel_h = effective_kernel(p.R, spread.h), kernel_w = effective_kernel(p.S, spread.w);

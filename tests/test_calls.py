@@ -41,6 +41,7 @@ UNSTABLE_TEXTS = (
     "dilation",
     "INTERNAL ASSERT",
     "1-dimensional",
+    "-dimensional input for",  # or what else is wrong with such a call
     "TensorAccessor",
     "Unsupported memory format",
 )
@@ -188,8 +189,9 @@ VALUES = {"conv2d": conv2d_values, "max_pool2d": max_pool2d_values, "batch_norm"
 
 
 def check_huge(call, ours):
-    """A stride beyond the image leaves one window, and a dilation means nothing to a kernel of one element: such a call
-    gives what the same call with a small number gives. All others are refused."""
+    """A stride beyond the image leaves one window, as a window of that size does where it is cut off (ceil_mode), and a
+    dilation means nothing to a kernel of one element: such a call gives what the same call with a small number gives.
+    All others are refused."""
     if ours.error is not None:
         assert isinstance(ours.error, (RuntimeError, TypeError, ValueError)), repr(ours.error)
         return
@@ -207,7 +209,7 @@ def check_huge(call, ours):
 def _small(name, number):
     if not isinstance(number, int) or number < 2**31:
         return number
-    return {"stride": 64, "dilation": 1}[name]
+    return {"kernel_size": 64, "stride": 64, "dilation": 1}[name]
 
 
 def check_where_torch_differs(call, ours):
@@ -270,7 +272,8 @@ def check_empty_batch_norm(call, ours):
     if ours.error is not None:
         without_statistics = None in (call.tensors["running_mean"], call.tensors["running_var"])
         assert isinstance(ours.error, (RuntimeError, ValueError, TypeError, IndexError)), repr(ours.error)
-        assert call.exact is None or call.fault or without_statistics, repr(ours.error)
+        one_value = "Expected more than 1 value per channel" in str(ours.error)  # torch's first look, too
+        assert call.exact is None or call.fault or without_statistics or one_value, repr(ours.error)
         return
     assert ours.results[0].shape == ours.tensors["input"].shape
     for name, grad in ours.grads.items():

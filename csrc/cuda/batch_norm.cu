@@ -452,8 +452,8 @@ Status batch_norm_moments(const BatchNormProblem& p, const BatchNormPlan& plan, 
 }
 
 Status batch_norm_backward_apply(const BatchNormProblem& p, const BatchNormPlan&, const void* dy, const void* x,
-                                  const void* weight, const void* mean, const void* invstd, const void* means, void* dx,
-                                  Stream stream) {
+                                 const void* weight, const void* mean, const void* invstd, const void* means, void* dx,
+                                 Stream stream) {
   if (p.x_elements() == 0) return {};
   return dispatch(p.dtype, [&](auto t) {
     using T = decltype(t);

@@ -62,8 +62,8 @@ Status batch_norm_backward(const BatchNormProblem&, const BatchNormPlan&, const 
 Status batch_norm_moments(const BatchNormProblem&, const BatchNormPlan&, const void* x, double* moments,
                           void* workspace, Stream);
 Status batch_norm_backward_apply(const BatchNormProblem&, const BatchNormPlan&, const void* dy, const void* x,
-                                  const void* weight, const void* mean, const void* invstd, const void* means, void* dx,
-                                  Stream);
+                                 const void* weight, const void* mean, const void* invstd, const void* means, void* dx,
+                                 Stream);
 
 // All of the above, or null in a library that was built without CUDA kernels.
 struct Launchers {

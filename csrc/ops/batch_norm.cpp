@@ -243,8 +243,8 @@ Tensor batch_norm_backward_apply(const Tensor& dy, const Tensor& x, const std::o
   const Tensor means_dense = convert(means, statistics);
   if (device.target.cuda)
     check(cuda::launchers()->batch_norm_backward_apply(problem, plan, data(dy_dense), data(x_dense), data(gamma),
-                                                        data(mean_dense), data(invstd_dense), data(means_dense),
-                                                        mutable_data(dx), device.stream));
+                                                       data(mean_dense), data(invstd_dense), data(means_dense),
+                                                       mutable_data(dx), device.stream));
   else
     cpu::kernels().batch_norm->apply_gradients(problem, plan, data(dy_dense), data(x_dense), data(gamma),
                                                data(mean_dense), data(invstd_dense), data(means_dense),
