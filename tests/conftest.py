@@ -143,6 +143,15 @@ def full(request):
 
 
 @pytest.fixture
+def fp32_precision():
+    """A function that sets torch.backends.cudnn.conv.fp32_precision for the rest of the test."""
+    conv = torch.backends.cudnn.conv
+    before = conv.fp32_precision
+    yield lambda precision: setattr(conv, "fp32_precision", precision)
+    conv.fp32_precision = before
+
+
+@pytest.fixture
 def threads():
     """A function that sets the number of CPU threads for the rest of the test."""
     return torch.set_num_threads

@@ -90,6 +90,8 @@ def compare(call):
         check_error(ours.error, theirs.error)
         return
     if ours.error is not None:
+        if call.fault == "dtype" and isinstance(ours.error, RuntimeError):
+            return  # some of torch's paths do not look at the bias's dtype
         raise ours.error
     compare_outcomes(ours, theirs)
     if not ours.results[0].is_floating_point():
@@ -206,6 +208,10 @@ def check_huge(call, ours):
         assert torch.equal(a.nan_to_num(0.5), b.nan_to_num(0.5))
 
 
+def _numbers(option):
+    return option if isinstance(option, (tuple, list)) else (option,)
+
+
 def _small(name, number):
     if not isinstance(number, int) or number < 2**31:
         return number
@@ -224,7 +230,7 @@ def check_where_torch_differs(call, ours):
             check_no_channels(call, ours)
             return True
         # Nothing is computed, so torch does not mind what with.
-        if 0 in x.size and call.fault == "dtype":
+        if 0 in x.size and (call.fault == "dtype" or 0 in _numbers(call.options.get("dilation"))):
             assert ours.error is None or isinstance(ours.error, (RuntimeError, TypeError))
             return True
     if call.function == "batch_norm" and 0 in x.size and x.dtype in FLOATING:

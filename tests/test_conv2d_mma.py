@@ -102,8 +102,8 @@ def test_refuses_what_would_lose_digits(mma_backend, dtype):
     ],
     ids=str,
 )
-def test_is_chosen_for_what_tensor_cores_multiply(monkeypatch, dtype, precision, arch, algo):
-    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", precision)
+def test_is_chosen_for_what_tensor_cores_multiply(fp32_precision, dtype, precision, arch, algo):
+    fp32_precision(precision)
     x, w = (torch.empty(size, dtype=dtype, device="meta") for size in ((8, 64, 28, 28), (64, 64, 3, 3)))
     plan = fastconv.plan(x, w, padding=1, arch=arch)
     assert plan.algo == algo, str(plan)

@@ -189,8 +189,8 @@ class Calls(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
-def test_tf32_is_an_argument_of_float32_convolutions_on_cuda(monkeypatch, precision):
-    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", precision)
+def test_tf32_is_an_argument_of_float32_convolutions_on_cuda(fp32_precision, precision):
+    fp32_precision(precision)
     for device, dtype, allowed in (
         ("cuda", torch.float32, precision == "tf32"),
         ("cuda", torch.float64, False),

@@ -16,7 +16,8 @@ namespace {
 
 using namespace cuda;
 
-constexpr int64_t most_sums_bytes = int64_t{64} << 20;  // of the partial sums of a split contraction
+constexpr int64_t most_sums_bytes = int64_t{64} << 20;   // of the partial sums of a split contraction
+constexpr int64_t most_copies_bytes = int64_t{2} << 30;  // of x, w and y in NHWC, of a problem in NCHW
 
 struct Product {
   int64_t m, n, k, groups;
@@ -185,10 +186,13 @@ Conv2dPlan plan_conv2d_cuda(const Conv2dProblem& problem, Direction direction, c
     };
     consider(Algo::depthwise, filters <= most_depthwise_filters, "one channel a group: limited by memory",
              text("reads an input again for each of its filters, and K/groups", filters));
-    consider(Algo::mma, filters >= fewest_product_filters,
+    const int64_t copies = target.sm < 80 ? 0 : mma_workspace(p, direction, 1).end;
+    consider(Algo::mma, filters >= fewest_product_filters && copies <= most_copies_bytes,
              text("a matrix product on tensor cores, K/groups", filters) +
                  text(" filters by C/groups·R·S", p.channels_per_group() * p.R * p.S) + " taps",
-             text("the product would waste most of its tile, as K/groups", filters));
+             filters >= fewest_product_filters
+                 ? text("copies to NHWC would take too much memory, bytes", copies)
+                 : text("the product would waste most of its tile, as K/groups", filters));
     consider(Algo::im2col, filters >= fewest_product_filters,
              text("a matrix product, K/groups", filters) +
                  text(" filters by C/groups·R·S", p.channels_per_group() * p.R * p.S) + " taps",
