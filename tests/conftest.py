@@ -107,12 +107,8 @@ def _open_backend(request):
             pytest.skip("no CUDA device")
         if not fastconv.planning._introspection().built_with_cuda:
             pytest.skip("fastconv was built without CUDA kernels")
-        precision = torch.backends.cudnn.conv.fp32_precision
         torch.backends.cudnn.conv.fp32_precision = "ieee"  # the tests of tf32 ask for it
-        try:
-            yield Backend("cuda", "cuda")
-        finally:
-            torch.backends.cudnn.conv.fp32_precision = precision
+        yield Backend("cuda", "cuda")
     else:
         yield Backend("cpu", "cpu")
 
@@ -130,6 +126,15 @@ def native_backend(request):
 
 
 @pytest.fixture(autouse=True)
+def fp32_precision():
+    """A function that sets torch.backends.cudnn.conv.fp32_precision; what a test has set is undone after it."""
+    conv = torch.backends.cudnn.conv
+    before = conv.fp32_precision
+    yield lambda precision: setattr(conv, "fp32_precision", precision)
+    conv.fp32_precision = before
+
+
+@pytest.fixture(autouse=True)
 def _same_start_for_every_test():
     torch.manual_seed(0)
     # More threads would only wait for each other over small tensors. That they give the same bits is a test of each op.
@@ -140,15 +145,6 @@ def _same_start_for_every_test():
 def full(request):
     """Whether --full asks for what takes long."""
     return request.config.getoption("--full")
-
-
-@pytest.fixture
-def fp32_precision():
-    """A function that sets torch.backends.cudnn.conv.fp32_precision for the rest of the test."""
-    conv = torch.backends.cudnn.conv
-    before = conv.fp32_precision
-    yield lambda precision: setattr(conv, "fp32_precision", precision)
-    conv.fp32_precision = before
 
 
 @pytest.fixture
