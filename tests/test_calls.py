@@ -90,7 +90,7 @@ def compare(call):
         check_error(ours.error, theirs.error)
         return
     if ours.error is not None:
-        if call.fault == "dtype" and isinstance(ours.error, RuntimeError):
+        if call.function == "conv2d" and call.fault == "dtype" and "and bias type" in str(ours.error):
             return  # some of torch's paths do not look at the bias's dtype
         raise ours.error
     compare_outcomes(ours, theirs)
@@ -192,14 +192,14 @@ VALUES = {"conv2d": conv2d_values, "max_pool2d": max_pool2d_values, "batch_norm"
 
 def check_huge(call, ours):
     """A stride beyond the image leaves one window, as a window of that size does where it is cut off (ceil_mode), and a
-    dilation means nothing to a kernel of one element: such a call gives what the same call with a small number gives.
-    All others are refused."""
+    dilation means nothing to a kernel of one element, or leads it out of the image ('same'): such a call gives what the
+    same call with a number that is just beyond the image gives. All others are refused."""
     if ours.error is not None:
         assert isinstance(ours.error, (RuntimeError, TypeError, ValueError)), repr(ours.error)
         return
     small = {}
     for name, option in call.options.items():
-        small[name] = [_small(name, n) for n in option] if isinstance(option, (tuple, list)) else _small(name, option)
+        small[name] = [_small(n) for n in option] if isinstance(option, (tuple, list)) else _small(option)
     theirs = Outcome(fastconv, replace(call, options=small))
     if theirs.error is not None:
         raise theirs.error
@@ -212,10 +212,10 @@ def _numbers(option):
     return option if isinstance(option, (tuple, list)) else (option,)
 
 
-def _small(name, number):
+def _small(number):
     if not isinstance(number, int) or number < 2**31:
         return number
-    return {"kernel_size": 64, "stride": 64, "dilation": 1}[name]
+    return 64
 
 
 def check_where_torch_differs(call, ours):
