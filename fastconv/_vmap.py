@@ -153,7 +153,7 @@ def _batch_norm_act_train(info, in_dims, x, weight, bias, running_mean, running_
         running_mean.movedim(in_dims[3], 0).copy_(means.view(batch, -1))
         running_var.movedim(in_dims[4], 0).copy_(variances.view(batch, -1))
     results = y.unflatten(1, (batch, -1)), mean.view(batch, -1), invstd.view(batch, -1)
-    return (*results, affine.view(affine.shape[0], batch, -1)), (1, 0, 0, 1)
+    return (*results, affine.unflatten(1, (batch, -1))), (1, 0, 0, 1)
 
 
 def _batch_norm_act_eval(info, in_dims, x, weight, bias, running_mean, running_var, residual, *rest):

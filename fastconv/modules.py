@@ -26,9 +26,12 @@ def _recorded(layer, *inputs):
 class Conv1d(nn.Conv1d):
     """torch.nn.Conv1d on fastconv.conv1d."""
 
-    def _conv_forward(self, input, weight, bias):
+    def forward(self, input):
         if isinstance(input, Proxy):
             return _recorded(self, input)
+        return self._conv_forward(input, self.weight, self.bias)
+
+    def _conv_forward(self, input, weight, bias):
         input, padding = _padded(self, input)
         return functional.conv1d(input, weight, bias, self.stride, padding, self.dilation, self.groups)
 
@@ -36,9 +39,12 @@ class Conv1d(nn.Conv1d):
 class Conv2d(nn.Conv2d):
     """torch.nn.Conv2d on fastconv.conv2d."""
 
-    def _conv_forward(self, input, weight, bias):
+    def forward(self, input):
         if isinstance(input, Proxy):
             return _recorded(self, input)
+        return self._conv_forward(input, self.weight, self.bias)
+
+    def _conv_forward(self, input, weight, bias):
         input, padding = _padded(self, input)
         return functional.conv2d(input, weight, bias, self.stride, padding, self.dilation, self.groups)
 
@@ -50,8 +56,6 @@ class ConvAct2d(Conv2d):
     """
 
     def _conv_forward(self, input, weight, bias):
-        if isinstance(input, Proxy):
-            return _recorded(self, input)
         input, padding = _padded(self, input)
         return functional.conv2d(
             input, weight, bias, self.stride, padding, self.dilation, self.groups, activation="relu"
@@ -164,8 +168,6 @@ class FoldedConv2d(_Folded, Conv2d):
     """A convolution with the BatchNorm behind it in its weights, for evaluation. The parameters stay as they were."""
 
     def _conv_forward(self, input, weight, bias):
-        if isinstance(input, Proxy):
-            return _recorded(self, input)
         if self.training:
             raise RuntimeError("this convolution is folded for evaluation: call fastconv.unfuse before training")
         input, padding = _padded(self, input)

@@ -149,7 +149,7 @@ def test_activation_of_nan(backend, layout, with_residual):
     x[1, 4, 1, 2] = torch.nan
     mean, var = torch.zeros(9), torch.ones(9)
     residual = backend.put(lay_out(torch.zeros_like(x), layout)).requires_grad_() if with_residual else None
-    leaf = backend.put(lay_out(x, layout)).requires_grad_()
+    leaf = backend.put(lay_out(x.clone(), layout)).requires_grad_()
     peer = x.clone().requires_grad_()
     y = fastconv.batch_norm(leaf, *map(backend.put, (mean, var)), activation="relu", residual=residual)
     F.batch_norm(peer, mean, var).relu().sum().backward()

@@ -150,7 +150,7 @@ __global__ void __launch_bounds__(block_threads, least_blocks<channels>)
   }
   visit(tile, x, [&](const auto& batch) {
     constexpr int items = batch.items;
-    Vec<T, width> add[items];
+    [[maybe_unused]] Vec<T, width> add[items];
     if constexpr (act == Act::add_relu) {
 #pragma unroll
       for (int i = 0; i < items; ++i) add[i] = load_vec<width>(residual + batch.at[i]);
