@@ -27,6 +27,7 @@ import measure  # noqa: E402
 import readme  # noqa: E402
 import report  # noqa: E402
 import run  # noqa: E402
+import run_layers  # noqa: E402
 
 BY_NAME = {layer.name: layer for layer in layers.LAYERS}
 
@@ -94,7 +95,26 @@ def test_selection():
     assert layers.layouts(BY_NAME["bn.fc4096"], "both") == ["NC"]
     assert layers.layouts(BY_NAME["vgg.pool"], "nhwc") == ["NHWC"]
     with pytest.raises(SystemExit):
-        run.parse(["--filter", "no such layer"])
+        run_layers.parse(["--filter", "no such layer"])
+
+
+def test_a_command_is_layers_unless_another_is_named(monkeypatch):
+    called = []
+    for module in run.COMMANDS.values():
+        monkeypatch.setattr(f"{module}.main", lambda arguments, module=module: called.append((module, arguments)) or 3)
+    for arguments in ([], ["--quick"], ["layers", "--quick"], ["models", "--filter", "x"], ["compare", "a", "b"]):
+        assert run.main(arguments) == 3
+    assert called == [
+        ("run_layers", []), ("run_layers", ["--quick"]), ("run_layers", ["--quick"]),
+        ("run_models", ["--filter", "x"]), ("compare", ["a", "b"]),
+    ]  # fmt: skip
+
+
+def test_help_names_the_commands(capsys):
+    with pytest.raises(SystemExit):
+        run.main(["--help"])
+    before_usage = capsys.readouterr().out.split("usage")[0]
+    assert all(f"run.py {command}" in before_usage.replace("[", "").replace("]", "") for command in run.COMMANDS)
 
 
 def test_neighbours_of_a_depthwise_layer_are_depthwise():
