@@ -21,17 +21,23 @@ PARAMETERS = {
     "SqueezeNet 1.1": 1_235_496, "MobileNet": 4_231_976, "ShuffleNet v2": 2_278_604,
 }  # fmt: skip
 
-# Arguments and an image that make a network small. What has fully connected layers for maps of one size keeps the image
-# and gets narrow ones.
+# Arguments and an input that make a network small. What has fully connected layers for maps of one size keeps the image
+# and gets narrow layers.
+OTHERS = {"classes": 10}, (2, 3, 64, 64)
 SMALL = {
     "LeNet-5": ({}, (4, 1, 28, 28)),
     "AlexNet": ({"classes": 10, "width": 32}, (1, 3, 227, 227)),
     "ZFNet": ({"classes": 10, "width": 32}, (1, 3, 224, 224)),
     **dict.fromkeys(("VGG-13", "VGG-16", "VGG-19"), ({"classes": 10, "size": 1, "width": 32}, (2, 3, 32, 32))),
     "NIN": ({}, (2, 3, 32, 32)),
+    **{
+        f"ResNet-{depth}": ({"classes": 10, "channels": 16, "width": 16}, OTHERS[1]) for depth in (18, 34, 50, 101, 152)
+    },
+    "WideResNet-50-2": ({"classes": 10, "channels": 16, "width": 32}, OTHERS[1]),
+    "ResNeXt-50": ({"classes": 10, "channels": 16, "width": 2}, OTHERS[1]),
+    "DenseNet-121": ({"classes": 10, "growth": 16}, OTHERS[1]),
     "FractalNet": ({}, (3, 3, 32, 32)),
 }
-OTHERS = {"classes": 10}, (2, 3, 64, 64)
 MORE = {
     "VGG-16 with BatchNorm": (
         networks.VGG,
@@ -140,8 +146,7 @@ def test_googlenet_has_9_modules_57_convolutions_and_one_fully_connected_layer()
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_converted_network_gives_the_same_outputs_and_gradients(name, threads):
-    threads(os.cpu_count())
+def test_a_converted_network_gives_the_same_outputs_and_gradients(name):
     build, arguments, size = CASES[name]
     compare(build(**arguments).double().train(), torch.randn(size, dtype=torch.float64))
 
@@ -170,9 +175,12 @@ def compare(model, x):
     largest = max(g.abs().max() for g in expected_grads.values())
     for key, grad in gradients(model, actual.square().mean()).items():
         assert_close(grad, expected_grads[key], largest)
-    for key, value in model.state_dict().items():
-        if "running" in key:
-            assert_close(value, expected_state[key])
+    statistics = [key for key in state if "running" in key]
+    largest = max(
+        (expected_state[key].abs().max() for key in statistics), default=0
+    )  # a mean may be 0 but for rounding
+    for key in statistics:
+        assert_close(model.state_dict()[key], expected_state[key], largest)
     model.eval()
     with torch.no_grad():
         y = model(x)
@@ -180,14 +188,13 @@ def compare(model, x):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_training_lowers_the_loss(name, threads):
-    threads(os.cpu_count())
+def test_training_lowers_the_loss(name):
     build, arguments, size = CASES[name]
     model, x = fastconv.convert(build(**arguments)), torch.randn(size)
     targets = torch.arange(len(x))
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     losses = []
-    for _ in range(4):
+    for _ in range(3):
         optimizer.zero_grad()
         loss = F.cross_entropy(seeded(model, x), targets)
         loss.backward()

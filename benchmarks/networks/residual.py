@@ -49,23 +49,23 @@ class ResNet(nn.Sequential):
     """For 3×224×224.
 
     depth: 18 or 34, of basic blocks; 50, 101 or 152, of bottlenecks.
-    width: of a group's 3×3 convolution in the first stage. Wide ResNet-50-2 (Zagoruyko and Komodakis, 2016) has 128;
-        ResNeXt-50 32×4d (Xie et al., 2016) has 32 groups of 4.
+    channels: of the stem and of the first basic block; a bottleneck gives four times as many.
+    width: of a group's 3×3 convolution in the first bottleneck. Wide ResNet-50-2 (Zagoruyko and Komodakis, 2016) has
+        128; ResNeXt-50 32×4d (Xie et al., 2016) has 32 groups of 4.
     """
 
     BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 
-    def __init__(self, depth, classes=1000, width=64, groups=1):
-        layers = [*convolution(3, 64, 7, 2), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)]
-        channels = 64
+    def __init__(self, depth, classes=1000, channels=64, width=64, groups=1):
+        layers = [*convolution(3, channels, 7, 2), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)]
+        filters = channels if depth < 50 else 4 * channels
         for stage, blocks in enumerate(self.BLOCKS[depth]):
             for i in range(blocks):
                 stride = 2 if stage and i == 0 else 1
                 if depth < 50:
-                    filters = 64 * 2**stage
                     layers.append(basic(channels, filters, stride))
                 else:
-                    filters = 256 * 2**stage
-                    layers.append(bottleneck(channels, width * groups * 2**stage, filters, stride, groups))
+                    layers.append(bottleneck(channels, width * groups, filters, stride, groups))
                 channels = filters
+            filters, width = 2 * filters, 2 * width
         super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
