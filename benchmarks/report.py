@@ -149,6 +149,16 @@ def summary_table(summary):
     return table
 
 
+def plain_table(title, header, lines):
+    """A table for the terminal: text at the left, the other columns at the right."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for i, name in enumerate(header):
+        table.add_column(name, justify="right" if i else "left")
+    for cells in lines:
+        table.add_row(*cells)
+    return table
+
+
 def as_dicts(rows):
     """Rows as JSON has them: fields, and whether each is right."""
     return [asdict(row) | {"ok": row.ok} for row in rows]

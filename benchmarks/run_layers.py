@@ -13,14 +13,15 @@ import datetime
 import sys
 from pathlib import Path
 
+import extras
 import layers
 import machine
 import torch
 from chart import draw
 from measure import measure, timer
-from overhead import measure_overhead, overhead_table
-from report import as_dicts, console, group_table, headline, summarize, summary_table, write_json
+from report import as_dicts, console, group_table, headline, plain_table, summarize, summary_table, write_json
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from roofline import draw_roofline
 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS, ROUNDS = 1.5, (7, 200)  # for each direction of a layer in a layout
@@ -36,6 +37,7 @@ def parse(arguments):
     parser.add_argument("--quick", action="store_true", help=f"only {len(layers.QUICK)} layers, fewer repetitions")
     parser.add_argument("--out", metavar="DIR", type=Path, default=ROOT / "benchmarks" / "out",
                         help="folder for the JSON and the chart; default: benchmarks/out")  # fmt: skip
+    extras.add_options(parser)
     options = parser.parse_args(arguments)
     options.layers = layers.select(options.filter, options.quick)
     if not options.layers:
@@ -65,10 +67,14 @@ def main(arguments):
         f"copy {limits['copy_gb_s']:.1f} GB/s, matmul {limits['matmul_gflop_s']:.0f} GFLOP/s\n"
         f"ratio: torch's time / fastconv's, above 1 fastconv is faster; medians (and interquartile ranges)"
     )
-    rows = run(options, device, limits, out)
-    overhead = measure_overhead(device, QUICK_SECONDS if options.quick else SECONDS)
-    out.print()
-    out.print(overhead_table(overhead))
+    milliseconds = timer(device)
+    rows = run(options, device, limits, milliseconds, out)
+    more = extras.measure_extras(options, device, milliseconds)
+    for name, found in more.items():
+        if found:
+            table = extras.TABLES[name]
+            out.print()
+            out.print(plain_table(table.TITLE, table.HEADER, table.lines(found)))
 
     summary = summarize(rows)
     result = {
@@ -80,28 +86,29 @@ def main(arguments):
         "limits": limits,
         "summary": summary,
         "rows": rows,
-        "overhead": overhead,
+        **more,
     }  # fmt: skip
     options.out.mkdir(parents=True, exist_ok=True)
-    files = [options.out / f"{device}-{options.dtype}{suffix}" for suffix in (".json", ".png")]
+    files = [options.out / f"{device}-{options.dtype}{suffix}" for suffix in (".json", ".png", "-roofline.png")]
     write_json(files[0], result)
     draw(result, files[1])
+    if not draw_roofline(result, files[2]):
+        del files[2]
     if summary:
         out.print()
         out.print(summary_table(summary))
         group, mean = headline(summary)
         out.print(f"\nlowest group: {group} at {mean:.2f}× of torch's speed", style="bold")
-    out.print(f"written: {files[0]}, {files[1].name}", soft_wrap=True)
+    out.print(f"written: {', '.join([str(files[0]), *(file.name for file in files[1:])])}", soft_wrap=True)
     wrong = [row for row in rows if not row["ok"]]
     if wrong:
         out.print(f"{len(wrong)} of {len(rows)} rows are WRONG or failed", style="bold red")
     return 1 if wrong else 0
 
 
-def run(options, device, limits, out):
+def run(options, device, limits, milliseconds, out):
     """Measures the layers group by group and prints a table for each. Returns the rows as dictionaries."""
     seconds, rounds = (QUICK_SECONDS, QUICK_ROUNDS) if options.quick else (SECONDS, ROUNDS)
-    milliseconds = timer(device)
     rows = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=out, transient=True, disable=not out.is_terminal) as progress:

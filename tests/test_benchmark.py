@@ -19,7 +19,6 @@ pytest.importorskip("matplotlib")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path += [str(ROOT / "benchmarks"), str(ROOT / "examples")]
 
-import cliffs  # noqa: E402
 import fashion_mnist  # noqa: E402
 import layers  # noqa: E402
 import machine  # noqa: E402
@@ -115,13 +114,6 @@ def test_help_names_the_commands(capsys):
         run.main(["--help"])
     before_usage = capsys.readouterr().out.split("usage")[0]
     assert all(f"run.py {command}" in before_usage.replace("[", "").replace("]", "") for command in run.COMMANDS)
-
-
-def test_neighbours_of_a_depthwise_layer_are_depthwise():
-    found = dict(cliffs.neighbours(BY_NAME["mobilenet.dw56"]))
-    assert list(found) == ["", "N-1", "C-1", "N+1", "C+1"]
-    assert (found["C+1"].C, found["C+1"].K, found["C+1"].groups) == (129, 129, 129)
-    assert found["N-1"].batches == (3, 255)
 
 
 # The figures
