@@ -17,6 +17,7 @@ from extras import TABLES
 from report import caption, markdown_rows, markdown_short, markdown_summary, markdown_table, write_between
 
 ROOT = Path(__file__).resolve().parents[1]
+NAMES = {"cpu": "a CPU", "cuda": "a GPU"}
 NOTHING = "not measured"
 
 
@@ -38,10 +39,10 @@ def markdown_extras(result):
 
 
 def main():
-    everything = []
+    short = []
     for device in ("cpu", "cuda"):
         measured = results(ROOT / "benchmarks" / "results", device)
-        everything += measured
+        short.append(markdown_short(measured) if measured else f"On {NAMES[device]}: {NOTHING}.")
         summary = "\n\n".join(map(markdown_summary, measured)) or NOTHING
         rows = "\n\n".join(map(markdown_rows, measured)) or NOTHING
         write_between(ROOT / "README.md", device, summary)
@@ -49,7 +50,7 @@ def main():
         more = "\n\n".join(filter(None, map(markdown_extras, measured))) or NOTHING
         write_between(ROOT / "docs" / "performance.md", f"{device} more", more)
         print(f"{device}: {len(measured)} results" if measured else f"{device}: {NOTHING}")
-    write_between(ROOT / "README.md", "short", markdown_short(everything))
+    write_between(ROOT / "README.md", "short", "\n\n".join(short))
     checks = gpu_checks.read(ROOT / "benchmarks" / "results")
     write_between(ROOT / "docs" / "performance.md", "gpu-check", gpu_checks.markdown_checks(checks))
     print(f"gpu-check: {len(checks)} results")

@@ -1,5 +1,6 @@
-"""docs/lectures.md: every line of its code runs and prints what the page says, every number of its text is one that the
-section's code contains or prints, and every figure is drawn by its script."""
+"""The pages a reader sees. docs/lectures.md: every line of its code runs and prints what the page says, every number of
+its text is one that the section's code contains or prints, and every figure is drawn by its script. README.md: its code
+runs. Both, and the other pages: what they link to is there."""
 
 import doctest
 import re
@@ -50,7 +51,7 @@ def test_the_code_prints_what_the_page_says():
 
 def numbers(text):
     """The numbers in a text, those within names such as LeNet-5 and CIFAR-10 left out."""
-    text = re.sub(r"(?<=\d)[\u202f\u00a0 ](?=\d{3}\b)", "", text)  # 768 000
+    text = re.sub(r"(?<=\d)[,\u202f\u00a0 ](?=\d{3}\b)", "", text)  # 768 000
     return set(re.findall(r"(?<![\w.-])\d+(?:\.\d+)?", text.replace("×", " ")))
 
 
@@ -75,6 +76,25 @@ def test_the_numbers_of_a_text():
     assert numbers("On 7×7, 768 000 of LeNet-5 (0.5) and 27C²; 1 + L") == {"7", "768000", "0.5", "27", "1"}
     text = "a `1`\n```python\n>>> 2\n```\n![x3](4.png)\n<!-- benchmark:lectures -->\n5\n<!-- /benchmark:lectures -->"
     assert prose_of(text).split() == ["a", "![x3"]
+
+
+def test_the_code_of_the_readme_runs(capsys):
+    names = {"model": torch.nn.Conv2d(3, 4, 3), "x": torch.randn(1, 3, 8, 8), "w": torch.randn(4, 3, 3, 3)}
+    for match in CODE.finditer((ROOT / "README.md").read_text()):
+        exec(match.group(1), names | {"bias": torch.zeros(4)})
+    assert "kernel" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))],
+                         ids=lambda page: page.name)  # fmt: skip
+def test_what_a_page_links_to_is_there(page):
+    text = page.read_text()
+    headings = {re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in re.findall(r"^#+ (.*)", text, re.M)}
+    for target in re.findall(r"\]\(([^)]*)\)", CODE.sub("", text)):
+        if target.startswith("#"):
+            assert target[1:] in headings, target
+        elif "://" not in target:
+            assert (page.parent / target).exists(), target
 
 
 # The figures
