@@ -115,7 +115,7 @@ def fusions(module):
             rows.append(Fusion(names[scope.module], "", False, scope.reason))
         rows += [Fusion(names[m.layer], m.pattern, False, "call fastconv.fuse") for m in scope.matches]
         rows += [Fusion(names[m.layer], m.pattern, False, reason) for m, reason in scope.left_alone]
-    return rows
+    return Fusions(dict.fromkeys(rows))  # a layer that is called in several modules once
 
 
 # ---- Changing ----
@@ -133,8 +133,8 @@ def _rewrite(scope):
         if match.is_layer:
             continue
         with graph.inserting_before(match.relu):
-            keywords = {} if match.residual is None else {"residual": match.residual}
-            fused = graph.call_module(match.node.target, match.node.args, keywords)
+            residual = () if match.residual is None else (match.residual,)
+            fused = graph.call_module(match.node.target, (*match.node.args, *residual))
         match.relu.replace_all_uses_with(fused)
         for node in (match.relu, match.add, match.node):
             if node is not None:
