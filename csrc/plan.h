@@ -41,6 +41,7 @@ struct Conv2dPlan {
   int split = 1;                           // pieces of the contraction, each summed apart, then added in order
   int64_t workspace_bytes = 0;             // one buffer for the whole call
   int64_t scratch_bytes = 0;               // CPU: one more buffer for each thread
+  double predicted_us = 0;                 // of the whole call, on an H200; 0 where there is no model of its time
 };
 
 struct MaxPool2dPlan {
