@@ -7,12 +7,14 @@ import first_call
 import layers
 import memory
 import overhead
+import step_memory
 import thread_scaling
 
 TABLES = {
     "overhead": overhead,
     "first_call": first_call,
     "memory": memory,
+    "step_memory": step_memory,
     "threads": thread_scaling,
     "cliffs": cliffs,
 }  # the key in the results file, and the module with its TITLE, HEADER and lines(rows)
@@ -20,10 +22,11 @@ HELP = {
     "overhead": "the cost of a call with hardly any arithmetic",
     "first_call": "the cost of a new shape's first call",
     "memory": "the peak memory of a call",
+    "step_memory": "the peak memory of a training step; not with --quick unless asked for",
     "threads": "the speed by 1, 2, 4, … CPU threads; not with --quick unless asked for",
     "cliffs": "the worst step between neighbouring sizes; not with --quick unless asked for",
 }
-SLOW = ("threads", "cliffs")
+SLOW = ("step_memory", "threads", "cliffs")
 
 
 def add_options(parser):
@@ -50,6 +53,7 @@ def measure_extras(options, device, milliseconds):
             first_call.one_of_each_group(few)[: 2 if quick else None], *place, milliseconds, shapes=5 if quick else 8
         ),
         "memory": lambda: memory.measure_memory(selected, *place),
+        "step_memory": lambda: step_memory.measure_step_memory(*place),
         "threads": lambda: thread_scaling.measure_threads(few, *place[:2], milliseconds) if device == "cpu" else [],
         "cliffs": lambda: cliffs.measure_cliffs(selected, *place, milliseconds),
     }

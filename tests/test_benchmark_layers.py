@@ -27,6 +27,7 @@ import readme  # noqa: E402
 import report  # noqa: E402
 import roofline  # noqa: E402
 import run_layers  # noqa: E402
+import step_memory  # noqa: E402
 import thread_scaling  # noqa: E402
 
 BY_NAME = {layer.name: layer for layer in layers.LAYERS}
@@ -132,6 +133,16 @@ def test_memory_is_what_a_call_takes():
         assert row["fastconv_bytes"] <= row["plan_bytes"] + 2**20
 
 
+def test_a_fused_step_keeps_less_than_torchs():
+    """Of a BatchNorm and its ReLU the output is not kept; of its mean and variance, as much as by torch."""
+    kept = {}
+    for variant in step_memory.VARIANTS:
+        model = step_memory.model_of(variant, "nchw", "float32", "cpu")
+        kept[variant] = step_memory.kept_bytes(model, torch.randn(2, 3, 64, 64))
+    assert kept["fused"] < 0.8 * kept["torch"]
+    assert kept["fastconv"] <= kept["torch"]
+
+
 @pytest.mark.skipif(not memory.peak_is_readable(), reason="this system does not tell a process's peak")
 def test_memory_that_was_given_back_counts():
     size = 64 * 2**20
@@ -216,6 +227,9 @@ def keys(value):
 
 def test_the_file_has_the_fields_that_the_docs_name(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "measure_memory", lambda chosen, *place: memory.measure_here(chosen, *place))
+    monkeypatch.setattr(
+        step_memory, "measure_step_memory", lambda *a: step_memory.measure_here(("torch",), *a, 2, (3, 32, 32))
+    )
     monkeypatch.setattr(cliffs, "measure_cliffs", lambda *a, f=cliffs.measure_cliffs: f(*a, 0.01, (1, 2), 1))
     monkeypatch.setattr(thread_scaling, "measure_threads", lambda *a, f=thread_scaling.measure_threads: f(*a, 0.01))
     monkeypatch.setattr(overhead, "measure_overhead", lambda device, _, f=overhead.measure_overhead: f(device, 0.01))

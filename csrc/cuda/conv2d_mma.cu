@@ -134,6 +134,7 @@ struct Call {
     s.out = g.out, s.out_m.stride = g.out_pitch, s.out_n.stride = 1;
     s.out_batch_stride = plan.direction == Direction::wgrad ? int64_t(g.m) * g.n : g.n;
     s.bias = g.bias, s.bias_batch_stride = g.n, s.bias_n_stride = 1;
+    s.relu = g.relu;
     return ordered_sum<T>(s, stream);
   }
 
@@ -160,7 +161,7 @@ struct Call {
     g.windows.data = dgrad ? y_used : x_used;
     g.other = wgrad ? y_used : w_used;
     g.out = fprop ? y_used : dgrad ? x_used : w_used;
-    g.bias = bias, g.db = db;
+    g.bias = bias, g.relu = p.relu, g.db = db;
     if (db && g.sums) g.row_sums = workspace + at.row_sums;
     g.out_pitch = fprop ? p.K : dgrad ? p.C : g.n;
     // The rows of w are filters, or of dgrad their taps; those of dy are pixels.

@@ -176,6 +176,7 @@ __global__ void __launch_bounds__((MmaWarps<tile_m, tile_n>::threads), (mma_bloc
         pair.at[0] += to_acc(bias[0]);
         if (n + 1 < g.n) pair.at[1] += to_acc(bias[1]);
       }
+      if (fprop && g.relu) pair = {{relu(pair.at[0]), relu(pair.at[1])}};
       const Vec<T, 2> rounded = {{from_acc<T>(pair.at[0]), from_acc<T>(pair.at[1])}};
       if (g.out_pairs) {
         store_vec(out + n, rounded);
