@@ -3,13 +3,14 @@
     python benchmarks/run.py --out benchmarks/results && python benchmarks/readme.py
 
 README has a line for each group between <!-- benchmark:cpu --> and its end, and the same for cuda;
-docs/performance.md has a line for each row, between <!-- benchmark:cpu rows --> and its end, and what was checked on
-which GPU, between <!-- benchmark:gpu-check --> and its end.
+docs/performance.md has a line for each row, between <!-- benchmark:cpu rows --> and its end, what was checked on which
+GPU, between <!-- benchmark:gpu-check --> and its end, and likewise floors: what the layers must take on an H200.
 """
 
 import json
 from pathlib import Path
 
+import floors
 import gpu_checks
 from report import markdown_rows, markdown_summary, write_between
 
@@ -32,6 +33,7 @@ def main():
         write_between(ROOT / "README.md", device, summary)
         write_between(ROOT / "docs" / "performance.md", f"{device} rows", rows)
         print(f"{device}: {len(measured)} results" if measured else f"{device}: {NOTHING}")
+    write_between(ROOT / "docs" / "performance.md", "floors", floors.markdown_floors())
     checks = gpu_checks.read(ROOT / "benchmarks" / "results")
     write_between(ROOT / "docs" / "performance.md", "gpu-check", gpu_checks.markdown_checks(checks))
     print(f"gpu-check: {len(checks)} results")

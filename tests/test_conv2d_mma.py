@@ -97,8 +97,8 @@ def test_refuses_what_would_lose_digits(mma_backend, dtype):
         (torch.float16, "ieee", "sm_90", "mma"),
         (torch.float16, "ieee", "sm_75", "im2col"),
         (torch.float32, "tf32", "sm_90", "mma"),
-        (torch.float32, "ieee", "sm_90", "im2col"),
-        (torch.float64, "tf32", "sm_90", "im2col"),
+        (torch.float32, "ieee", "sm_90", "implicit_gemm"),
+        (torch.float64, "tf32", "sm_90", "implicit_gemm"),
     ],
     ids=str,
 )
