@@ -3,6 +3,7 @@
 readme.py writes the table to docs/performance.md, between <!-- benchmark:floors --> and its end.
 """
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -25,6 +26,15 @@ def floor_us(layer, direction, dtype):
     return max(flops / TFLOPS[dtype] / 1e6, least / COPY_BYTES_PER_US)
 
 
+@contextlib.contextmanager
+def without_tf32():
+    conv = torch.backends.cudnn.conv
+    before, conv.fp32_precision = conv.fp32_precision, "ieee"
+    yield
+    conv.fp32_precision = before
+
+
+@without_tf32()
 def predicted(layer, direction, dtype):
     """(µs, algorithms) of the NHWC plans for an H200; None where a plan has no model."""
     x, w = (
@@ -48,10 +58,8 @@ def cells(layer, direction, dtype):
 
 
 def markdown_floors():
-    precision = torch.backends.cudnn.conv.fp32_precision
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
-    header = ["layer", "pass", "N", "GFLOP", "MB in bf16", "floor µs", "predicted µs", "MB in fp32", "floor µs",
-              "predicted µs"]  # fmt: skip
+    header = ["layer", "pass", "N", "GFLOP", "bf16 MB", "bf16 floor µs", "bf16 predicted µs", "fp32 MB",
+              "fp32 floor µs", "fp32 predicted µs"]  # fmt: skip
     lines = []
     for layer in LAYERS:
         for direction in PASSES:
@@ -62,5 +70,4 @@ def markdown_floors():
                 line.append(three_digits(layer.least_bytes(direction, batch, dtype.itemsize) / 1e6))
                 line += cells(layer, direction, dtype)
             lines.append(line)
-    torch.backends.cudnn.conv.fp32_precision = precision
     return markdown_table(header, lines)
