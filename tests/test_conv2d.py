@@ -94,6 +94,7 @@ LARGE_CASES = [
     Case("dilated, wide", (1, 33, 30, 31), (34, 33, 3, 3), padding=(4, 3), dilation=(4, 3)),
 ]
 
+IMPLICIT = ("implicit_gemm_tile", "implicit_gemm_registers", "implicit_gemm_vectors", "implicit_gemm")
 LAYOUTS = ("contiguous", "channels_last", "channels_last input", "channels_last weight", "slices")
 
 
@@ -199,7 +200,7 @@ def test_every_value_of_low_precision(backend, dtype):
     check_every_value(backend, dtype)
 
 
-@pytest.mark.parametrize("algo", ["direct_naive", "direct", "im2col", "depthwise", "mma"])
+@pytest.mark.parametrize("algo", ["direct_naive", "direct", "im2col", *IMPLICIT, "depthwise", "mma"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_algorithms(backend, case, layout, algo):
@@ -227,10 +228,12 @@ def test_every_algorithm_is_tested(backend):
     check(backend, CASES[0], torch.float32)
 
 
-@pytest.mark.parametrize("algo", [None, "direct", "im2col", "depthwise"])
+@pytest.mark.parametrize("algo", [None, "direct", "im2col", "implicit_gemm", "depthwise"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("case", MEDIUM_CASES, ids=str)
 def test_medium(backend, case, layout, algo):
+    if algo and algo not in backend.algorithms:
+        pytest.skip(f"{algo} is not an algorithm of this backend")
     algorithm_or_skip(backend, case, algo)
     check(backend, case, torch.float32, layout, algo)
 
@@ -256,7 +259,7 @@ def test_large_by_algorithm(native_backend, case, dtype, algo):
     check(native_backend, case, dtype, "channels_last", algo)
 
 
-@pytest.mark.parametrize("algo", ["direct_naive", "direct", "im2col", "depthwise"])
+@pytest.mark.parametrize("algo", ["direct_naive", "direct", "im2col", *IMPLICIT, "depthwise"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("case", CASES[:8] + CASES[11:14] + CASES[25:], ids=str)
 def test_relu_by_algorithm(backend, case, layout, algo):
@@ -315,7 +318,7 @@ def test_relu_with_gradients_of_some_inputs_only(backend, frozen):
 
 
 @pytest.mark.parametrize("which", ["x", "dy"])
-@pytest.mark.parametrize("algo", ["direct_naive", "direct", "im2col"])
+@pytest.mark.parametrize("algo", ["direct_naive", "direct", "im2col", *IMPLICIT])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_an_infinity_reaches_only_what_reads_it(backend, layout, algo, which):
     """Elsewhere not even a product with zero is made of it, which would be NaN."""
@@ -376,9 +379,11 @@ def test_empty_batch(backend):
     assert not w.grad.any() and not b.grad.any()
 
 
-@pytest.mark.parametrize("algo", [None, "direct", "im2col"])
+@pytest.mark.parametrize("algo", [None, "direct", "im2col", *IMPLICIT])
 def test_a_sum_over_no_channels_is_the_bias(backend, algo):
     """torch on a CPU returns no output channels here, whatever the weight says."""
+    if algo and algo not in backend.algorithms:
+        pytest.skip(f"{algo} is not an algorithm of this backend")
     x, w, b = backend.put(torch.empty(2, 0, 6, 7)), backend.put(torch.empty(4, 0, 3, 2)), backend.put(torch.randn(4))
     y = fastconv.conv2d(x, w, b, algo=algo)
     assert torch.equal(y, b[:, None, None].expand(2, 4, 4, 6))

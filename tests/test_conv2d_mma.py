@@ -193,9 +193,9 @@ def test_addresses_that_are_no_multiple_of_16(mma_backend, dtype):
         (torch.float16, "ieee", "sm_90", "mma"),
         (torch.float16, "ieee", "sm_75", "im2col"),
         (torch.float32, "tf32", "sm_90", "mma"),
-        (torch.float32, "ieee", "sm_90", "im2col"),
+        (torch.float32, "ieee", "sm_90", "implicit_gemm"),
         (torch.float64, "tf32", "sm_90", "mma"),
-        (torch.float64, "tf32", "sm_86", "im2col"),
+        (torch.float64, "tf32", "sm_86", "implicit_gemm"),
     ],
     ids=str,
 )

@@ -11,6 +11,7 @@ import pytest
 import test_avg_pool2d
 import test_batch_norm
 import test_conv2d
+import test_conv2d_implicit_gemm
 import test_conv2d_mma
 import test_max_pool2d
 import torch
@@ -72,6 +73,10 @@ def check_conv2d(backend, dtype, layout):
     many_filters = test_conv2d.MEDIUM_CASES[1]
     for algo in ("direct_naive", "direct", "im2col"):
         test_conv2d.check(backend, all_at_once, dtype, layout, algo)
+    if dtype in (torch.float32, torch.float64):
+        for algo in test_conv2d.IMPLICIT:
+            test_conv2d.check(backend, all_at_once, dtype, layout, algo)
+        test_conv2d.check(backend, test_conv2d_implicit_gemm.TILE_CASES[0], dtype, layout, "implicit_gemm")
     test_conv2d.check(backend, many_filters, dtype, layout, "im2col")
     for case in (depthwise, *depthwise_3x3):
         test_conv2d.check(backend, case, dtype, layout, "depthwise")

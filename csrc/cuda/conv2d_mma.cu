@@ -161,7 +161,7 @@ struct Call {
     g.windows.data = dgrad ? y_used : x_used;
     g.other = wgrad ? y_used : w_used;
     g.out = fprop ? y_used : dgrad ? x_used : w_used;
-    g.bias = bias, g.relu = p.relu, g.db = db;
+    g.bias = bias, g.relu = fprop && p.relu, g.db = db;
     if (db && g.sums) g.row_sums = workspace + at.row_sums;
     g.out_pitch = fprop ? p.K : dgrad ? p.C : g.n;
     // The rows of w are filters, or of dgrad their taps; those of dy are pixels.
