@@ -50,15 +50,16 @@ struct Axis {
       const Index begin = by_outs.quotient(out * size), end = by_outs.quotient((out + 1) * size + outs - 1);
       return {begin, end, end - begin};
     }
-    const Index start = out * stride - pad, begin = start > 0 ? start : 0;
-    const Index stop = start + taps < size + pad ? start + taps : size + pad, end = stop < size ? stop : size;
+    const Index start = out * stride - pad, begin = max(start, Index(0));
+    const Index stop = min(start + taps, size + pad), end = min(stop, size);
     return {begin, end, include_pad ? stop - start : end - begin};
   }
   // The windows [begin, end) that have element i. An adaptive axis is its own inverse.
   __device__ __forceinline__ Window<Index> cover(Index i) const {
     if (adaptive) return {by_size.quotient(i * outs), by_size.quotient((i + 1) * outs + size - 1), 0};
-    const Index position = i + pad, end = by_stride.quotient(position) + 1;
-    return {position < taps ? 0 : by_stride.quotient(position - taps) + 1, end < outs ? end : outs, 0};
+    const Index position = i + pad;
+    const Index begin = position < taps ? 0 : by_stride.quotient(position - taps) + 1;
+    return {begin, min(by_stride.quotient(position) + 1, outs), 0};
   }
 };
 
@@ -239,7 +240,7 @@ __global__ void __launch_bounds__(block_threads, least_blocks<Index>)
   Vec<T, lanes> v;
 #pragma unroll
   for (int k = 0; k < lanes; ++k) {
-    const Index w = first + k < W ? first + k : W - 1;
+    const Index w = min(first + k, W - 1);
     const Window<Index> columns = pool.columns.cover(w);
     acc_t<T> sum = 0;
     for (Index p = rows.begin; p < rows.end; ++p) {
