@@ -3,6 +3,7 @@
 
 #include "conv2d_mma_arguments.cuh"
 #include "mma_tile.cuh"
+#include "phases.cuh"
 
 namespace fastconv::cuda {
 
@@ -15,21 +16,6 @@ __device__ __forceinline__ const T* window(const Windows& g, const T* data, int 
   const int h = i * g.h.step + g.h.first + r * g.h.delta, w = j * g.w.step + g.w.first + s * g.w.delta;
   if (unsigned(h) >= unsigned(g.h.size) || unsigned(w) >= unsigned(g.w.size)) return nullptr;
   return data + ((int64_t(n) * g.h.size + h) * g.w.size + w) * g.pitch + c;
-}
-
-// Which outputs of dx make up a phase, and which taps they meet: r = tap_first + i·tap_step reads dy's row
-// first + h / stride − i·dilation / gcd(stride, dilation).
-struct PhaseAxis {
-  int outputs, first, taps, tap_first;
-};
-__device__ __forceinline__ PhaseAxis phase_axis(int phase, int size, int stride, int pad, int dilation, int taps,
-                                                int tap_step) {
-  const int outputs = (size - phase + stride - 1) / stride;
-  for (int tap = 0; tap < min(taps, tap_step); ++tap) {
-    const int distance = phase + pad - tap * dilation;
-    if (distance % stride == 0) return {outputs, distance / stride, (taps - 1 - tap) / tap_step + 1, tap};
-  }
-  return {outputs, 0, 0, 0};
 }
 
 // Blocks that share an SM. The split operands of float take registers.
