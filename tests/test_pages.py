@@ -162,12 +162,13 @@ def test_normalized_activations_stay_alike():
     assert batch_norm.activations(0.5, False, 6)[-1].std() < 0.02
 
 
-def test_training_learns_the_synthetic_classes():
-    images, labels = gratings.load(640)
-    assert images.shape == (640, 3, 32, 32) and labels.unique().tolist() == list(range(gratings.CLASSES))
+def test_training_learns_the_synthetic_classes(monkeypatch):
+    monkeypatch.setattr(features, "BATCH", 16)
+    images, labels = gratings.load(320)
+    assert images.shape == (320, 3, 32, 32) and labels.unique().tolist() == list(range(gratings.CLASSES))
     model = features.network(3, 32, gratings.CLASSES)
     features.train(model, images, labels, epochs=4)
-    assert features.accuracy(model, *gratings.load(200, seed=1)) > 3 / gratings.CLASSES
+    assert features.accuracy(model, *gratings.load(200, seed=1)) > 0.5
 
 
 def test_a_mosaic_has_its_tiles_in_rows():
