@@ -116,12 +116,13 @@ def test_a_figure_is_drawn(script, tmp_path):
 
 
 def test_pixels_are_counted_by_their_windows():
-    for stride, padding in sliding.CASES:
-        counts, outputs = sliding.reads(stride, padding)
+    for stride, padding, dilation in sliding.CASES:
+        counts, outputs = sliding.reads(stride, padding, dilation)
         expected = torch.zeros(7 + 2 * padding, 7 + 2 * padding, dtype=torch.int32)
         for p in range(outputs):
             for q in range(outputs):
-                expected[p * stride : p * stride + 3, q * stride : q * stride + 3] += 1
+                rows, columns = (slice(at * stride, at * stride + 2 * dilation + 1, dilation) for at in (p, q))
+                expected[rows, columns] += 1
         assert torch.equal(counts, expected[padding : padding + 7, padding : padding + 7])
 
 
