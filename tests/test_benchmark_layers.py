@@ -103,14 +103,14 @@ def test_a_slow_first_call_is_seen(monkeypatch):
         @staticmethod
         def conv2d(x, *others):
             if x.shape not in seen:
+                time.sleep(0.1 if seen else 0.6)  # the first of all loads the kernels: it does not count
                 seen.add(x.shape)
-                time.sleep(0.1)
             return torch.nn.functional.conv2d(x, *others)
 
     monkeypatch.setitem(measure.LIBRARIES, "fastconv", Compiles)
-    (row,) = first_call.measure_first_calls([TINY["conv"]], "nchw", "float32", "cpu", CLOCK, shapes=3)
-    assert len(seen) == 4 and row["fastconv"]["ratio"] > 2
-    assert row["fastconv"]["first_ms"] >= 100 > row["fastconv"]["next_ms"]
+    (row,) = first_call.measure_first_calls([TINY["conv"]], "nchw", "float32", "cpu", CLOCK, shapes=1)
+    assert len(seen) == 2 and row["fastconv"]["ratio"] > 2
+    assert 300 > row["fastconv"]["first_ms"] >= 100 > row["fastconv"]["next_ms"]
 
 
 # Memory
