@@ -48,7 +48,10 @@ def main():
         rows = "\n\n".join(map(markdown_rows, measured)) or NOTHING
         write_between(ROOT / "README.md", device, summary)
         write_between(ROOT / "docs" / "performance.md", f"{device} rows", rows)
-        more = "\n\n".join(filter(None, map(markdown_extras, measured))) or NOTHING
+        more = (
+            "\n\n".join(filter(None, map(markdown_extras, measured)))
+            or f"Overhead, first calls, memory, threads, cliffs: {NOTHING}."
+        )
         write_between(ROOT / "docs" / "performance.md", f"{device} more", more)
         print(f"{device}: {len(measured)} results" if measured else f"{device}: {NOTHING}")
     write_between(ROOT / "README.md", "short", "\n\n".join(short))
