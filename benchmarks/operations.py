@@ -11,6 +11,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 COLOURS = {"fastconv": "#2f6fa8", "fused": "#4f9d69", "torch": "#e08a2e", "torch.compile": "#8c6bb1"}
 FEWEST = 3  # networks, for a correlation to say something
+NAME_WIDTH = 0.03  # of the plot's
 
 
 def points(rows, variant):
@@ -45,6 +46,26 @@ def correlate(found):
     }
 
 
+def write_names(axis, found):
+    """The networks' names above the plot, each as near over its highest point as the others leave room."""
+    highest = {}
+    for name, count, time in found:
+        highest[name] = max((count, time), highest.get(name, (0, 0.0)))
+    ordered = sorted(highest, key=highest.get)
+    low, high = map(log10, axis.get_xlim())
+    places = [(log10(highest[name][0]) - low) / (high - low) for name in ordered]
+    for i in range(1, len(places)):
+        places[i] = max(places[i], places[i - 1] + NAME_WIDTH)
+    places[-1] = min(places[-1], 1.0)
+    for i in reversed(range(len(places) - 1)):
+        places[i] = min(places[i], places[i + 1] - NAME_WIDTH)
+    for name, place in zip(ordered, places, strict=True):
+        axis.annotate(
+            name, highest[name], (place, 1.02), textcoords="axes fraction", rotation=60, fontsize=8, ha="left",
+            va="bottom", arrowprops={"arrowstyle": "-", "color": "#bbbbbb", "linewidth": 0.6, "relpos": (0, 0)},
+        )  # fmt: skip
+
+
 def draw(result, path):
     """Writes the plot of a results file as PNG: a point for each network, a line of the mean time for an operation.
     Whether there was enough to draw."""
@@ -52,7 +73,8 @@ def draw(result, path):
     series = {variant: found for variant, found in series.items() if len(found) >= FEWEST}
     if not series:
         return False
-    figure, axis = plt.subplots(figsize=(9, 6), layout="constrained")
+    figure, axis = plt.subplots(figsize=(9, 6.5), layout="constrained")
+    axis.set(xscale="log", yscale="log", xlabel="multiply-adds of an image", ylabel="ms an image, inference")
     for variant, found in series.items():
         operations, times = ([point[i] for point in found] for i in (1, 2))
         r = result["correlation"][variant]
@@ -61,12 +83,9 @@ def draw(result, path):
         cost = 10 ** statistics.fmean(log10(time / count) for _, count, time in found)
         ends = [min(operations), max(operations)]
         axis.plot(ends, [cost * end for end in ends], color=COLOURS[variant], linewidth=0.8, zorder=2)
-    for name, count, time in next(iter(series.values())):
-        axis.annotate(name, (count, time), xytext=(4, -9), textcoords="offset points", fontsize=7, color="#333333")
-    axis.set(xscale="log", yscale="log", xlabel="multiply-adds of an image", ylabel="ms an image, inference")
+    write_names(axis, [point for found in series.values() for point in found])
     axis.grid(which="major", color="#dddddd", linewidth=0.6, zorder=1)
-    axis.legend(frameon=False, fontsize=9)
-    axis.set_title("Operations and time; lines: the mean time for an operation", loc="left", fontsize=11)
+    axis.legend(frameon=False, fontsize=9, loc="lower right", title="lines: the mean time for an operation")
     figure.supxlabel(f"{result['title']} · {result['date'][:10]}", fontsize=8, color="#555555")
     figure.savefig(path, dpi=110)
     plt.close(figure)
