@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path += [str(ROOT / "benchmarks"), str(ROOT / "examples")]
 
 import fashion_mnist  # noqa: E402
+import floors  # noqa: E402
 import layers  # noqa: E402
 import machine  # noqa: E402
 import measure  # noqa: E402
@@ -208,6 +209,17 @@ def test_readme_tables(tmp_path):
     assert short.splitlines()[0] == f"|  | {' | '.join(layers.GROUPS)} |"
     assert short.splitlines()[2:] == ["| a CPU, 2 threads, float32 | 1.00× | – | – | – | – | – |"]
     assert report.markdown_rows(result).count("\n| ") == 2 + len(rows)
+
+
+def test_floors_are_the_slower_of_operations_and_bytes():
+    conv, pool = (next(x for x in layers.LAYERS if x.name == name) for name in ("resnet.3x3.28", "resnet.pool"))
+    operations = 2 * 256 * 128 * 28**2 * 128 * 9
+    assert floors.floor_us(conv, "forward", torch.bfloat16) == pytest.approx(operations / 790e6)
+    assert floors.floor_us(conv, "backward", torch.float32) == pytest.approx(2 * operations / 67e6)
+    least = 256 * 64 * (4 * 112**2 + 5 * 56**2)
+    assert floors.floor_us(pool, "forward", torch.float32) == pytest.approx(least / 4.3e6)
+    us, algos = floors.predicted(conv, "backward", torch.float32)
+    assert algos == "implicit_gemm" and us > floors.floor_us(conv, "backward", torch.float32)
 
 
 def test_quick_run(tmp_path):

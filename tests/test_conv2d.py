@@ -76,8 +76,13 @@ MEDIUM_CASES = [
     Case("medium groups", (2, 48, 9, 10), (96, 6, 3, 3), padding=(1, 1), groups=8),
     Case("medium dilated", (1, 33, 14, 15), (34, 33, 3, 3), padding=(4, 3), dilation=(4, 3)),
     Case("large batch", (37, 5, 6, 7), (6, 5, 3, 2), padding=(1, 0)),
+    Case("filters that fill shared memory", (1, 256, 3, 5), (4, 256, 1, 1)),
+    Case("patches that fill shared memory", (1, 1, 45, 90), (4, 1, 2, 2), dilation=(35, 1)),
+    Case("patches of several channels that fill it", (1, 7, 67, 70), (3, 7, 3, 5), padding=(1, 2)),
     # So many taps that they come in parts, also where there is room for only 30 at a time.
     Case("wide filters", (1, 33, 3, 19), (34, 33, 2, 17), padding=(1, 0)),
+    Case("row of taps in unequal parts", (1, 2, 1, 260), (13, 2, 1, 257)),
+    Case("column of taps in unequal parts", (1, 2, 260, 1), (13, 2, 257, 1)),
     Case("very wide filter", (2, 2, 3, 310), (3, 2, 2, 290)),
     Case("very tall filter", (2, 2, 310, 3), (3, 2, 290, 2)),
 ]
@@ -94,6 +99,7 @@ LARGE_CASES = [
     Case("dilated, wide", (1, 33, 30, 31), (34, 33, 3, 3), padding=(4, 3), dilation=(4, 3)),
 ]
 
+IMPLICIT = ("implicit_gemm_tile", "implicit_gemm_registers", "implicit_gemm_vectors", "implicit_gemm")
 LAYOUTS = ("contiguous", "channels_last", "channels_last input", "channels_last weight", "slices")
 
 
@@ -199,7 +205,7 @@ def test_every_value_of_low_precision(backend, dtype):
     check_every_value(backend, dtype)
 
 
-@pytest.mark.parametrize("algo", ["direct_naive", "direct", "im2col", "depthwise", "mma"])
+@pytest.mark.parametrize("algo", ["direct_naive", "direct", "im2col", *IMPLICIT, "depthwise", "mma"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_algorithms(backend, case, layout, algo):
@@ -227,10 +233,12 @@ def test_every_algorithm_is_tested(backend):
     check(backend, CASES[0], torch.float32)
 
 
-@pytest.mark.parametrize("algo", [None, "direct", "im2col", "depthwise"])
+@pytest.mark.parametrize("algo", [None, "direct", "im2col", "implicit_gemm", "depthwise"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("case", MEDIUM_CASES, ids=str)
 def test_medium(backend, case, layout, algo):
+    if algo and algo not in backend.algorithms:
+        pytest.skip(f"{algo} is not an algorithm of this backend")
     algorithm_or_skip(backend, case, algo)
     check(backend, case, torch.float32, layout, algo)
 
@@ -256,7 +264,7 @@ def test_large_by_algorithm(native_backend, case, dtype, algo):
     check(native_backend, case, dtype, "channels_last", algo)
 
 
-@pytest.mark.parametrize("algo", ["direct_naive", "direct", "im2col", "depthwise"])
+@pytest.mark.parametrize("algo", ["direct_naive", "direct", "im2col", *IMPLICIT, "depthwise"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("case", CASES[:8] + CASES[11:14] + CASES[25:], ids=str)
 def test_relu_by_algorithm(backend, case, layout, algo):
@@ -315,7 +323,7 @@ def test_relu_with_gradients_of_some_inputs_only(backend, frozen):
 
 
 @pytest.mark.parametrize("which", ["x", "dy"])
-@pytest.mark.parametrize("algo", ["direct_naive", "direct", "im2col"])
+@pytest.mark.parametrize("algo", ["direct_naive", "direct", "im2col", *IMPLICIT])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_an_infinity_reaches_only_what_reads_it(backend, layout, algo, which):
     """Elsewhere not even a product with zero is made of it, which would be NaN."""
@@ -376,9 +384,11 @@ def test_empty_batch(backend):
     assert not w.grad.any() and not b.grad.any()
 
 
-@pytest.mark.parametrize("algo", [None, "direct", "im2col"])
+@pytest.mark.parametrize("algo", [None, "direct", "im2col", *IMPLICIT])
 def test_a_sum_over_no_channels_is_the_bias(backend, algo):
     """torch on a CPU returns no output channels here, whatever the weight says."""
+    if algo and algo not in backend.algorithms:
+        pytest.skip(f"{algo} is not an algorithm of this backend")
     x, w, b = backend.put(torch.empty(2, 0, 6, 7)), backend.put(torch.empty(4, 0, 3, 2)), backend.put(torch.randn(4))
     y = fastconv.conv2d(x, w, b, algo=algo)
     assert torch.equal(y, b[:, None, None].expand(2, 4, 4, 6))

@@ -11,10 +11,12 @@ import pytest
 import test_avg_pool2d
 import test_batch_norm
 import test_conv2d
+import test_conv2d_implicit_gemm
 import test_conv2d_mma
 import test_max_pool2d
 import torch
 from conftest import ROOT, emulated_library_path
+from layouts import lay_out
 
 import fastconv
 
@@ -72,27 +74,33 @@ def check_conv2d(backend, dtype, layout):
     many_filters = test_conv2d.MEDIUM_CASES[1]
     for algo in ("direct_naive", "direct", "im2col"):
         test_conv2d.check(backend, all_at_once, dtype, layout, algo)
+    if dtype in (torch.float32, torch.float64):
+        for algo in test_conv2d.IMPLICIT:
+            test_conv2d.check(backend, all_at_once, dtype, layout, algo)
+        test_conv2d.check(backend, test_conv2d_implicit_gemm.TILE_CASES[0], dtype, layout, "implicit_gemm")
     test_conv2d.check(backend, many_filters, dtype, layout, "im2col")
     for case in (depthwise, *depthwise_3x3):
         test_conv2d.check(backend, case, dtype, layout, "depthwise")
 
 
 def check_conv2d_mma(backend, dtype, layout):
-    for case in test_conv2d_mma.VECTOR_CASES[:2]:  # small tiles and large ones, in every direction
-        if dtype.itemsize == 2:
-            test_conv2d.check(backend, case, dtype, layout, "mma")
-        elif dtype is torch.float32:
+    # Small, large and narrow tiles, in every direction.
+    for case in (*test_conv2d_mma.VECTOR_CASES[:2], *test_conv2d_mma.NARROW_CASES, *test_conv2d_mma.PIECE_CASES[3:5]):
+        if dtype is torch.float32:
             test_conv2d_mma.check_tf32(backend, case, layout)
+            test_conv2d_mma.check_float32(backend, case, layout)
+        else:
+            test_conv2d.check(backend, case, dtype, layout, "mma")
 
 
 def check_avg_pool2d(backend, dtype, layout):
     for case in test_avg_pool2d.CASES:
-        test_avg_pool2d.check(backend, case, test_avg_pool2d.lay_out(torch.randn(case.x).to(dtype), layout))
+        test_avg_pool2d.check(backend, case, lay_out(torch.randn(case.x).to(dtype), layout))
 
 
 def check_max_pool2d(backend, dtype, layout):
     for case in test_max_pool2d.CASES[:9] + test_max_pool2d.CASES[17:]:
-        x = test_max_pool2d.lay_out(torch.randn(case.x).to(dtype), layout)
+        x = lay_out(torch.randn(case.x).to(dtype), layout)
         test_max_pool2d.check_values(backend, x, case.window)
         test_max_pool2d.check_gradient(backend, x, case.window)
         test_max_pool2d.check_double_backward(backend, x, case.window)
