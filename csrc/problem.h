@@ -28,7 +28,8 @@ struct Conv2dProblem {
   int64_t groups;
   DType dtype;
   Layout layout;
-  bool allow_tf32;  // CUDA float32 only
+  bool allow_tf32;    // CUDA float32 only
+  bool relu = false;  // fprop: y = max(x ∗ w + bias, 0), where NaN stays NaN
 
   int64_t channels_per_group() const { return C / groups; }
   int64_t filters_per_group() const { return K / groups; }
@@ -48,13 +49,12 @@ struct MaxPool2dProblem {
   int64_t stride_h, stride_w;
   int64_t pad_h, pad_w;
   int64_t dilation_h, dilation_w;
+  int offset_bytes;  // of the argmax, which is kept as the offset r·S + s inside its window: 1, 2 or 4
   DType dtype;
   Layout layout;
 
   int64_t x_elements() const { return N * C * H * W; }
   int64_t y_elements() const { return N * C * P * Q; }
-  // The argmax is kept as the offset r·S + s inside its window, in the narrowest unsigned type: 1, 2 or 4 bytes.
-  int offset_bytes() const { return R * S <= 256 ? 1 : R * S <= 65536 ? 2 : 4; }
 };
 
 // The same window for all outputs or, along an adaptive axis, one that grows and shrinks: output p of P is the mean of
@@ -84,7 +84,8 @@ struct AvgPool2dProblem {
 struct BatchNormProblem {
   int64_t N, C, L;
   DType dtype;
-  Layout layout;  // NCHW: x[n][c][l]; NHWC: x[n][l][c]
+  Layout layout;      // NCHW: x[n][c][l]; NHWC: x[n][l][c]
+  bool relu = false;  // y = max(x̂·weight + bias + residual, 0), where NaN stays NaN
 
   int64_t x_elements() const { return N * C * L; }
   int64_t count() const { return N * L; }  // values a channel

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from references import assert_close, conv2d_gradients, conv2d_reference, without_onednn
+from references import Expected, assert_close, conv2d_gradients, conv2d_reference, without_onednn
 
 import fastconv
 
@@ -144,6 +144,22 @@ def check(backend, case, dtype, layout="contiguous", algo=None, bias=True, compa
             assert_close(name, result, reference, peer)
 
 
+def check_relu(backend, case, dtype, layout="contiguous", algo=None, bias=True):
+    """ReLU(y), and the gradients of y at dy where ReLU(y) came out positive."""
+    x, w, b, dy = inputs_of(case, dtype, layout, bias)
+
+    def ours(x, w, b):
+        return fastconv.conv2d(x, w, b, *case.config, algo=algo, activation="relu")
+
+    y, *actual = conv2d_gradients(ours, *map(backend.put, (x, w, b, dy)))
+    reference, *expected = conv2d_reference(x, w, b, torch.where(y.cpu() > 0, dy, 0), *case.config)
+    assert (y >= 0).all() and (y > 0).any() and (y == 0).any()
+    assert_close("y", y, Expected(reference.value.relu(), reference.magnitude, reference.terms))
+    for name, result, gradient in zip(("dx", "dw", "db"), actual, expected, strict=True):
+        if gradient is not None:
+            assert_close(name, result, gradient)
+
+
 def check_every_value(backend, dtype):
     """Every number of a two-byte dtype times some others: x·w is exact in float32 and rounded once."""
     x = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).reshape(1, 1, 256, 256)
@@ -241,6 +257,64 @@ def test_large(native_backend, case, layout):
 def test_large_by_algorithm(native_backend, case, dtype, algo):
     algorithm_or_skip(native_backend, case, algo)
     check(native_backend, case, dtype, "channels_last", algo)
+
+
+@pytest.mark.parametrize("algo", ["direct_naive", "direct", "im2col", "depthwise"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("case", CASES[:8] + CASES[11:14] + CASES[25:], ids=str)
+def test_relu_by_algorithm(backend, case, layout, algo):
+    if algo not in backend.algorithms:
+        pytest.skip(f"{algo} is not an algorithm of this backend")
+    algorithm_or_skip(backend, case, algo)
+    check_relu(backend, case, torch.float32, layout, algo)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("case", MEDIUM_CASES[:8], ids=str)
+def test_relu_medium(backend, case, layout, dtype):
+    check_relu(backend, case, dtype, layout, bias=case is not MEDIUM_CASES[0])
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_relu_keeps_nan_and_the_sign_of_zero(backend, layout):
+    """As torch.relu, with every algorithm, of vectors and of single elements."""
+    zeros = torch.full((1, 17, 5, 7), -0.0)
+    nan = zeros.clone()
+    nan[0, 3, 2, 2] = torch.nan
+    for case, w in (((17, 17, 1, 1), torch.eye(17)), ((17, 1, 1, 1), torch.ones(17, 1))):
+        w = w.reshape(case)
+        groups = 17 // case[1]
+        for algo in backend.algorithms:
+            if algo == "mma" or (algo == "depthwise") != (groups == 17):
+                continue
+            for x in (zeros, nan):
+                x = backend.put(lay_out(x, layout))
+                y = fastconv.conv2d(x, backend.put(w), groups=groups, algo=algo)
+                fused = fastconv.conv2d(x, backend.put(w), groups=groups, algo=algo, activation="relu")
+                assert torch.equal(y.relu().view(torch.int32), fused.view(torch.int32)), algo
+                assert fused.isnan().any() == x.isnan().any()
+
+
+def test_an_unknown_activation_is_refused():
+    with pytest.raises(ValueError, match="activation='gelu': expected 'relu' or None"):
+        fastconv.conv2d(torch.ones(1, 1, 2, 2), torch.ones(1, 1, 1, 1), activation="gelu")
+
+
+@pytest.mark.parametrize("frozen", ["input", "weight", "bias"])
+def test_relu_with_gradients_of_some_inputs_only(backend, frozen):
+    case, names = CASES[5], ("input", "weight", "bias")
+    *tensors, dy = inputs_of(case, torch.float32)
+    leaves = dict(zip(names, (backend.put(t).requires_grad_() for t in tensors), strict=True))
+    leaves[frozen].requires_grad_(False)
+    y = fastconv.conv2d(*leaves.values(), *case.config, activation="relu")
+    y.backward(backend.put(dy))
+    dz = torch.where(y.cpu() > 0, dy, 0)
+    expected = dict(zip(names, conv2d_reference(*tensors, dz, *case.config)[1:], strict=True))
+    assert leaves[frozen].grad is None
+    for name in names:
+        if name != frozen:
+            assert_close(name, leaves[name].grad, expected[name])
 
 
 @pytest.mark.parametrize("which", ["x", "dy"])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from references import assert_close, conv2d_gradients, conv2d_reference
-from test_conv2d import CASES, MEDIUM_CASES, Case, check, inputs_of
+from test_conv2d import CASES, MEDIUM_CASES, Case, check, check_relu, inputs_of
 
 import fastconv
 from fastconv import autograd
@@ -62,6 +62,12 @@ def check_tf32(backend, case, layout):
 @pytest.mark.parametrize("case", CASES + VECTOR_CASES, ids=str)
 def test_16_bits(mma_backend, case, layout, dtype):
     check(mma_backend, case, dtype, layout, "mma", compare_with_torch=layout == "contiguous")
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("case", CASES[:6] + VECTOR_CASES, ids=str)
+def test_relu(mma_backend, case, layout):
+    check_relu(mma_backend, case, torch.bfloat16, layout, "mma")
 
 
 @pytest.mark.parametrize("case", MEDIUM_CASES, ids=str)

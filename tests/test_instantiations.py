@@ -22,6 +22,7 @@ import fastconv
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 LOGS = ROOT / "build" / "ninja" / "cuda"
 DECLARATION = re.compile(r"__global__\s+void\s+(?:__launch_bounds__\((?:[^()]|\([^()]*\))*\)\s*)?(\w+)\(")
+SCOPES = ("void ", "(anonymous namespace)::", "fastconv::cuda::", "fastconv::", "(Window)", "(Direction)", "(Act)")
 ENTRY = re.compile(r"Compiling entry function '(\w+)'")  # of ptxas
 
 
@@ -43,7 +44,15 @@ def instantiations(symbols, kernels):
     """[(index of the symbol, name)] of the symbols that are instantiations of these kernels."""
     found = []
     for index, symbol in enumerate(output_of("c++filt", text="\n".join(symbols))):
-        for scope in ("void ", "(anonymous namespace)::", "fastconv::cuda::", "fastconv::", "(Window)", "(Direction)"):
+        for scope in (
+            "void ",
+            "(anonymous namespace)::",
+            "fastconv::cuda::",
+            "fastconv::",
+            "(Window)",
+            "(Direction)",
+            "(Act)",
+        ):
             symbol = symbol.replace(scope, "")
         match = re.fullmatch(r"((\w+)(?:<.*?>)?)\(.*\)", symbol)
         if match and match[2] in kernels and "lambda" not in symbol:
@@ -96,7 +105,10 @@ def check_max_pool2d(backend, dtype, layout):
 
 def check_batch_norm(backend, dtype, layout):
     for size in (*test_batch_norm.IMAGES[5:], (4, 3, 5, 7), (3, 2, 91, 127)):
-        test_batch_norm.check(backend, torch.randn(size).to(dtype), layout)
+        x = torch.randn(size).to(dtype)
+        test_batch_norm.check(backend, x, layout)
+        for with_residual in (False, True):
+            test_batch_norm.check_act(backend, x, layout, with_residual=with_residual)
 
 
 @pytest.mark.parametrize("backend", ["emulated"], indirect=True)

@@ -19,7 +19,7 @@ namespace {
 struct Direct {
   DirectTile tile;
   Layout layout;
-  bool dgrad;
+  bool dgrad, relu;
   int64_t blocks, N;
   int64_t groups, in_channels, out_channels;  // of a group
   int64_t channel_tiles;                      // of a group
@@ -181,7 +181,7 @@ __global__ void __launch_bounds__(direct_threads, sizeof(T) == 8 ? 1 : 2)
 #pragma unroll
         for (int b = 0; b < 4; ++b) {
           if (bias && k + b < g.out_channels) sums[a][b] += to_acc(bias[channel + b]);
-          rounded.at[b] = from_acc<T>(sums[a][b]);
+          rounded.at[b] = from_acc<T>(g.relu ? relu(sums[a][b]) : sums[a][b]);
         }
         if (g.out_quads) {
           store_quad(to, rounded);
@@ -314,6 +314,7 @@ Direct direct_of(const Conv2dProblem& problem, Direction direction) {
   g.tile = direct_tile(p, direction);
   g.layout = p.layout;
   g.dgrad = direction == Direction::dgrad;
+  g.relu = p.relu;
   g.N = p.N;
   g.groups = p.groups;
   g.in_channels = g.dgrad ? p.filters_per_group() : p.channels_per_group();

@@ -38,6 +38,7 @@ struct ConvMma {
   const void* other;  // fprop, dgrad: w; wgrad: dy
   void* out;
   const void* bias;  // null, or fprop's
+  bool relu;         // of fprop
   void* db;          // null, or wgrad's, in the elements' type
   float* sums;       // null, or partial sums instead of out; row_sums likewise of db
   float* row_sums;
@@ -213,6 +214,7 @@ __global__ void __launch_bounds__(mma_threads<tile>, tile == 128 ? 2 : 4)
         pair.at[0] += to_acc(bias[0]);
         if (n + 1 < g.n) pair.at[1] += to_acc(bias[1]);
       }
+      if (fprop && g.relu) pair = {{relu(pair.at[0]), relu(pair.at[1])}};
       const Vec<T, 2> rounded = {{from_acc<T>(pair.at[0]), from_acc<T>(pair.at[1])}};
       if (g.out_pairs) {
         store_vec(out + n, rounded);
@@ -327,6 +329,7 @@ struct Call {
     s.out = g.out, s.out_m.stride = g.out_pitch, s.out_n.stride = 1;
     s.out_batch_stride = plan.direction == Direction::wgrad ? int64_t(g.m) * g.n : g.n;
     s.bias = g.bias, s.bias_batch_stride = g.n, s.bias_n_stride = 1;
+    s.relu = g.relu;
     return ordered_sum<T>(s, stream);
   }
 };
@@ -347,7 +350,7 @@ Status fprop(const Call& c, const T* x_nchw, const T* w_nchw, const T* bias, T* 
   const T *x = c.x(x_nchw), *w = c.w(w_nchw);
   T* y = c.y(y_nchw);
   ConvMma g = c.arguments(mma_depth<T>);
-  g.windows.data = x, g.other = w, g.out = y, g.bias = bias;
+  g.windows.data = x, g.other = w, g.out = y, g.bias = bias, g.relu = p.relu;
   g.out_pitch = p.K;
   g.vectors_a = in_vectors<T>(x, p.channels_per_group(), p.C);
   g.vectors_b = in_vectors<T>(w, g.k, g.k);

@@ -56,15 +56,18 @@ Status avg_pool2d_backward(const AvgPool2dProblem&, const AvgPool2dPlan&, const 
 
 // batch_norm.cu
 Status batch_norm_train(const BatchNormProblem&, const BatchNormPlan&, const void* x, const void* weight,
-                        const void* bias, void* running_mean, void* running_var, double momentum, double eps, void* y,
-                        void* mean, void* invstd, void* workspace, Stream);
+                        const void* bias, void* running_mean, void* running_var, double momentum, double eps,
+                        const void* residual, void* y, void* mean, void* invstd, void* affine, void* workspace, Stream);
 Status batch_norm_eval(const BatchNormProblem&, const BatchNormPlan&, const void* x, const void* weight,
-                       const void* bias, const void* mean, const void* var, double eps, void* y, Stream);
-Status batch_norm_backward(const BatchNormProblem&, const BatchNormPlan&, const void* dy, const void* x,
-                           const void* weight, const void* mean, const void* invstd, bool training, void* dx,
-                           void* dweight, void* dbias, void* workspace, Stream);
+                       const void* bias, const void* mean, const void* var, double eps, const void* residual, void* y,
+                       Stream);
 Status batch_norm_moments(const BatchNormProblem&, const BatchNormPlan&, const void* x, double* moments,
                           void* workspace, Stream);
+
+// batch_norm_gradients.cu
+Status batch_norm_backward(const BatchNormProblem&, const BatchNormPlan&, const void* dy, const void* x,
+                           const void* weight, const void* mean, const void* invstd, const void* affine, const void* y,
+                           bool training, void* dx, void* dweight, void* dbias, void* dz, void* workspace, Stream);
 Status batch_norm_backward_apply(const BatchNormProblem&, const BatchNormPlan&, const void* dy, const void* x,
                                  const void* weight, const void* mean, const void* invstd, const void* means, void* dx,
                                  Stream);
