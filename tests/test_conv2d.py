@@ -259,7 +259,7 @@ def test_large_by_algorithm(native_backend, case, dtype, algo):
     check(native_backend, case, dtype, "channels_last", algo)
 
 
-@pytest.mark.parametrize("algo", ["direct_naive", "direct", "im2col", "depthwise"])
+@pytest.mark.parametrize("algo", ["direct_naive", "direct", "im2col", *IMPLICIT, "depthwise"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("case", CASES[:8] + CASES[11:14] + CASES[25:], ids=str)
 def test_relu_by_algorithm(backend, case, layout, algo):

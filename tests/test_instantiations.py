@@ -83,11 +83,13 @@ def check_conv2d(backend, dtype, layout):
 
 
 def check_conv2d_mma(backend, dtype, layout):
-    for case in test_conv2d_mma.VECTOR_CASES[:2]:  # small tiles and large ones, in every direction
-        if dtype.itemsize == 2:
-            test_conv2d.check(backend, case, dtype, layout, "mma")
-        elif dtype is torch.float32:
+    # Small, large and narrow tiles, in every direction.
+    for case in (*test_conv2d_mma.VECTOR_CASES[:2], *test_conv2d_mma.NARROW_CASES, *test_conv2d_mma.PIECE_CASES[3:5]):
+        if dtype is torch.float32:
             test_conv2d_mma.check_tf32(backend, case, layout)
+            test_conv2d_mma.check_float32(backend, case, layout)
+        else:
+            test_conv2d.check(backend, case, dtype, layout, "mma")
 
 
 def check_avg_pool2d(backend, dtype, layout):

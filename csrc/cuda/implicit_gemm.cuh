@@ -79,6 +79,7 @@ struct ImplicitGemm {
   int64_t out_n, out_group;
   bool out_along_m, out_quads;
   const void* bias;  // of the groups' n; may be null
+  bool relu;         // of fprop, after it
 };
 
 // Address of windows(m, k), null where it is zero. `windows` is the group's.
@@ -103,7 +104,7 @@ __device__ __forceinline__ const T* matrix_element(const ImplicitGemm& g, const 
 template <typename T>
 __device__ __forceinline__ T finished(const ImplicitGemm& g, int group, int n, T sum) {
   if (g.bias) sum += static_cast<const T*>(g.bias)[group * g.n + n];
-  return sum;
+  return g.relu ? relu(sum) : sum;
 }
 
 // sums += column · row, of the rows m … m + 3 and m + half … and the columns n … and n + half ….
@@ -238,7 +239,7 @@ ImplicitGemm fprop_gemm(const Conv2dProblem& p, const T* x, const T* w, const T*
   g.out = y, g.out_m = {ys.w, ys.h, ys.n}, g.out_n = ys.c, g.out_group = g.n * ys.c;
   g.out_along_m = nchw;
   g.out_quads = in_quads(y, nchw, p.P * p.Q, g.n);
-  g.bias = bias;
+  g.bias = bias, g.relu = p.relu;
   return g;
 }
 
