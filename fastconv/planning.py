@@ -28,8 +28,8 @@ class Plan:
     tile: (m, n, k) of the GEMM, or the output tile of a direct kernel; 0 where there is none.
     split: pieces of the contraction, each summed apart and then added in order.
     workspace_bytes: for the whole call; scratch_bytes: besides it, for each CPU thread.
-    predicted_us: a model's time of the whole call on an H200, in µs; None where there is no model (yet: all but "mma"
-        on sm_90).
+    predicted_us: a model's time of the whole call on an H200, in µs; None where there is no model (yet: "im2col",
+        "implicit_gemm" and "mma" have one, on sm_90).
     unread_rows, unread_cols: of the input, at its far edge, which the stride does not reach.
     """
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from references import conv2d_gradients
-from test_conv2d import CASES, IMPLICIT, Case, check, inputs_of
+from test_conv2d import CASES, IMPLICIT, Case, check, check_relu, inputs_of
 from test_conv2d_mma import VECTOR_CASES
 
 import fastconv
@@ -44,6 +44,13 @@ def test_rungs(cuda_backend, case, layout, algo):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_float64(cuda_backend, case, layout):
     check(cuda_backend, case, torch.float64, layout, "implicit_gemm")
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("case", [VECTOR_CASES[7], *TILE_CASES[:2]], ids=str)
+def test_relu_of_vectors_and_of_splits(cuda_backend, case, layout):
+    for dtype in (torch.float32, torch.float64):
+        check_relu(cuda_backend, case, dtype, layout, "implicit_gemm")
 
 
 @pytest.mark.parametrize("algo", IMPLICIT)

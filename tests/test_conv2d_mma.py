@@ -265,7 +265,7 @@ def test_predicted_time():
         others = [text for algo, taken, text in chosen.reasons if algo == "mma" and not taken]
         assert len(others) == 2 and all("the model's time is" in text for text in others)
     assert plan(x, w, padding=1, arch="sm_80").predicted_us is None
-    assert plan(x, w, padding=1, algo="im2col").predicted_us is None
+    assert plan(x, w, padding=1, algo="direct").predicted_us is None
 
 
 def test_a_wave_more_takes_longer():

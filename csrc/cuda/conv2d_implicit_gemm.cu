@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(tile* tile / 64, tile == 128      ? 2
     shared.phase = call.phases > 1 ? phase_of(call, phase) : Phase{g.m_digits, g.k_digits, g.m, g.k, g.first, 0, 0};
   __syncthreads();
   const int m_end = shared.phase.m;
-  if (m0 >= m_end) return;
+  if (m0 >= m_end) return;  // redundant: a phase has fewer pixels than the first, and this block would store none
   matrix += shared.phase.matrix;
   const int k_begin = split * call.k_per_split, k_end = min(shared.phase.k, k_begin + call.k_per_split);
 
@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(tile* tile / 64, tile == 128      ? 2
     ptx::cp_async_wait<0>();
     __syncthreads();  // the step is there, and everyone is done with the other buffer
     if (k0 + depth < k_end) copy_step(k0 + depth, buffer ^ 1);
-#pragma unroll 2  // all eight at once would spill
+#pragma unroll 2  // more at once would take the last registers
     for (int k = 0; k < depth; ++k)
       multiply_quads(sums, shared.windows[buffer][k], shared.matrix[buffer][k], my_m, my_n, half);
     if (sum_columns) {
@@ -251,7 +251,7 @@ Call dgrad_call(const Conv2dProblem& p, const T* dy, const T* w, T* dx) {
   g.windows_quads = in_quads(dy, nchw, p.P * p.Q, filters) && (!nchw || is_identity(p));
   g.matrix = w + (call.phases > 1 ? 0 : phase.matrix), g.matrix_n = ws.c, g.matrix_group = filters * ws.n;
   g.matrix_k = in_order<Offsets>(nchw, ws.n, step_h * ws.h, step_w * ws.w);
-  g.matrix_along_k = nchw && p.R * p.S > 1;
+  g.matrix_along_k = nchw && p.R * p.S > 1;  // redundant: either way of sharing out the copies is right
   g.matrix_quads = !g.matrix_along_k && is_aligned(w, quad_alignment<T>) && channels % 4 == 0;
   g.out = dx, g.out_m = {p.stride_w * xs.w, p.stride_h * xs.h, xs.n}, g.out_n = xs.c, g.out_group = channels * xs.c;
   g.out_along_m = nchw;

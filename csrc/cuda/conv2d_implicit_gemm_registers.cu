@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(threads, sizeof(T) == 8 ? 4 : 8)
       shared.matrix[k][n] = from ? *from : T(0);
     }
     __syncthreads();
-#pragma unroll 2  // all eight at once would spill
+#pragma unroll 2  // more at once would take the last registers
     for (int k = 0; k < depth; ++k) {
       T column[8], row[8];
 #pragma unroll

@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(threads, sizeof(T) == 8 ? 4 : 6)
       copy_quad(shared.matrix, quad / 2, quad % 2 * 4, true, g.matrix_quads,
                 [&](int i, int j) { return matrix_element(g, matrix, k0 + j, n0 + i); });
     __syncthreads();
-#pragma unroll 2  // all eight at once would spill
+#pragma unroll 2  // more at once would take the last registers
     for (int k = 0; k < depth; ++k) multiply_quads(sums, shared.windows[k], shared.matrix[k], my_m, my_n, tile / 2);
     __syncthreads();
   }
