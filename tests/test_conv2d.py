@@ -212,7 +212,7 @@ def test_algorithms(backend, case, layout, algo):
     if algo not in backend.algorithms:
         pytest.skip(f"{algo} is not an algorithm of this backend")
     if algo == "mma":
-        pytest.skip("multiplies 16 bits and tf32: test_conv2d_mma.py")
+        pytest.skip("multiplies float32 in three products of tf32: test_conv2d_mma.py")
     algorithm_or_skip(backend, case, algo)
     check(backend, case, torch.float32, layout, algo)
 

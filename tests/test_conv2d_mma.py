@@ -34,11 +34,12 @@ PIECE_CASES = [
     Case("odd 1x1", (2, 35, 6, 5), (37, 35, 1, 1)),
     Case("one channel", (2, 1, 12, 14), (20, 1, 5, 5), padding=(2, 2)),
 ]
-# Their narrow tiles: few filters or, for dgrad, few channels, over several tiles of pixels.
-NARROW_CASES = [
-    Case("few filters", (2, 16, 19, 17), (8, 16, 3, 3), padding=(1, 1)),
-    Case("few channels", (2, 8, 19, 17), (16, 8, 3, 2), (2, 1), (1, 1)),
-    Case("few of both a group", (1, 32, 13, 11), (48, 8, 3, 3), padding=(1, 1), groups=4),
+# Enough work, on the four multiprocessors of the emulated device, for each kind of tile: of 16, 64 and 128 filters (or,
+# for dgrad, channels). The small tiles are taken for less.
+TILE_CASES = [
+    Case("narrow tiles", (4, 16, 16, 17), (16, 16, 5, 5), padding=(2, 2)),
+    Case("half tiles", (4, 32, 16, 17), (64, 32, 5, 5), padding=(2, 2)),
+    Case("whole tiles", (4, 128, 16, 16), (256, 128, 1, 1)),
 ]
 
 
@@ -78,7 +79,7 @@ def check_tf32(backend, case, layout):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "slices"])
-@pytest.mark.parametrize("case", CASES + VECTOR_CASES + PIECE_CASES + NARROW_CASES, ids=str)
+@pytest.mark.parametrize("case", CASES + VECTOR_CASES + PIECE_CASES + TILE_CASES[:1], ids=str)
 def test_16_bits(mma_backend, case, layout, dtype):
     check(mma_backend, case, dtype, layout, "mma", compare_with_torch=layout == "contiguous")
 
@@ -89,13 +90,13 @@ def test_relu(mma_backend, case, layout):
     check_relu(mma_backend, case, torch.bfloat16, layout, "mma")
 
 
-@pytest.mark.parametrize("case", MEDIUM_CASES, ids=str)
+@pytest.mark.parametrize("case", MEDIUM_CASES + TILE_CASES, ids=str)
 def test_medium(mma_backend, case):
     check(mma_backend, case, torch.bfloat16, "channels_last", "mma")
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("case", CASES[:14] + VECTOR_CASES + PIECE_CASES + NARROW_CASES, ids=str)
+@pytest.mark.parametrize("case", CASES[:14] + VECTOR_CASES + PIECE_CASES + TILE_CASES[:1], ids=str)
 def test_tf32(mma_backend, case, layout):
     check_tf32(mma_backend, case, layout)
 
@@ -231,7 +232,8 @@ def test_a_tile_fits_the_product():
     assert plan(**grouped).algo == "mma"  # eight filters a group
     assert plan(**grouped).tile == (128, 16, 32) and plan(**grouped, direction="wgrad").tile == (16, 128, 32)
     stem = {"x": (64, 3, 224, 224), "w": (64, 3, 7, 7), "stride": 2, "padding": 3}
-    assert plan(**stem, direction="dgrad").tile[1] == 16
+    assert plan(**stem).tile == (128, 64, 32)
+    assert plan(**stem, direction="dgrad").tile == (128, 16, 32)
 
 
 def test_small_maps_are_split_until_they_fill_the_device():
@@ -263,7 +265,7 @@ def test_predicted_time():
         assert f"predicted  {chosen.predicted_us:.4g} µs" in str(chosen)
         assert plan((128, *x[1:]), w, padding=1, direction=direction, layout=layout).predicted_us > chosen.predicted_us
         others = [text for algo, taken, text in chosen.reasons if algo == "mma" and not taken]
-        assert len(others) == 2 and all("the model's time is" in text for text in others)
+        assert len(others) == 3 and all("the model's time is" in text for text in others)
     assert plan(x, w, padding=1, arch="sm_80").predicted_us is None
     assert plan(x, w, padding=1, algo="direct").predicted_us is None
 

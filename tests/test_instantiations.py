@@ -84,8 +84,9 @@ def check_conv2d(backend, dtype, layout):
 
 
 def check_conv2d_mma(backend, dtype, layout):
-    # Small, large and narrow tiles, in every direction.
-    for case in (*test_conv2d_mma.VECTOR_CASES[:2], *test_conv2d_mma.NARROW_CASES, *test_conv2d_mma.PIECE_CASES[3:5]):
+    # Small tiles, padded channels, and the other tiles, in every direction.
+    small, padded = test_conv2d_mma.VECTOR_CASES[0], test_conv2d_mma.PIECE_CASES[4]
+    for case in (small, padded, *test_conv2d_mma.TILE_CASES):
         if dtype is torch.float32:
             test_conv2d_mma.check_tf32(backend, case, layout)
             test_conv2d_mma.check_float32(backend, case, layout)

@@ -18,9 +18,12 @@ __device__ __forceinline__ const T* window(const Windows& g, const T* data, int 
   return data + ((int64_t(n) * g.h.size + h) * g.w.size + w) * g.pitch + c;
 }
 
-// Blocks that share an SM. The split operands of float take registers.
+// Blocks that share an SM, by the registers of their sums. The split operands of float take more.
 template <typename Math, int tile_m, int tile_n>
-constexpr int mma_blocks = (tile_m * tile_n == 128 * 128 ? 2 : 4) - std::is_same_v<Math, float>;
+constexpr int mma_blocks = (tile_m * tile_n == 128 * 128  ? 2
+                            : tile_m * tile_n == 128 * 64 ? 3
+                                                          : 4) -
+                           std::is_same_v<Math, float>;
 
 template <typename Math, Direction direction, int tile_m, int tile_n>
 __global__ void __launch_bounds__((MmaWarps<tile_m, tile_n>::threads), (mma_blocks<Math, tile_m, tile_n>))
@@ -184,13 +187,16 @@ Status launch_conv2d_mma_tile(const ConvMma& g, Stream stream) {
 // The tiles that exist, as plan/conv2d_mma.cpp lists them.
 template <typename Math, Direction direction>
 Status launch_conv2d_mma_direction(const ConvMma& g, const Conv2dPlan& plan, Stream stream) {
-  constexpr int narrow_m = direction == Direction::wgrad ? 16 : 128,
-                narrow_n = direction == Direction::wgrad ? 128 : 16;
+  constexpr bool wgrad = direction == Direction::wgrad;
+  const int results = plan.tile_m * plan.tile_n;
   if constexpr (!std::is_same_v<Math, double>)
-    if (plan.tile_m * plan.tile_n == 128 * 128) return launch_conv2d_mma_tile<Math, direction, 128, 128>(g, stream);
-  if constexpr (!std::is_same_v<Math, double> && !std::is_same_v<Math, float>)
-    if (plan.tile_m * plan.tile_n == 128 * 16)
-      return launch_conv2d_mma_tile<Math, direction, narrow_m, narrow_n>(g, stream);
+    if (results == 128 * 128) return launch_conv2d_mma_tile<Math, direction, 128, 128>(g, stream);
+  if constexpr (!std::is_same_v<Math, double> && !std::is_same_v<Math, float>) {
+    if (results == 128 * 64)
+      return launch_conv2d_mma_tile<Math, direction, wgrad ? 64 : 128, wgrad ? 128 : 64>(g, stream);
+    if (results == 128 * 16)
+      return launch_conv2d_mma_tile<Math, direction, wgrad ? 16 : 128, wgrad ? 128 : 16>(g, stream);
+  }
   return launch_conv2d_mma_tile<Math, direction, 64, 64>(g, stream);
 }
 

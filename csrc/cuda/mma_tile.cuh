@@ -224,8 +224,8 @@ __device__ __forceinline__ void set_ones(FragmentB<Math>& b) {
 // IEEE order: they may align all terms of one mma to the largest and truncate, an error in one direction that would
 // grow with the contraction. So only the 24 products of eight k are added there, from zero, the small ones first, and
 // what they come to is added in float32, rounded to nearest. By Higham's bound that is K/8 + 8 roundings and those
-// inside of a tensor core, instead of K. An infinite operand gives a NaN where fused multiply-adds may give an
-// infinity.
+// inside of a tensor core, instead of K. The emulated tensor core rounds every sum to nearest, so what it shows is the
+// error of the splitting alone. An infinite operand gives a NaN where fused multiply-adds may give an infinity.
 template <typename Math, int columns>
 __device__ __forceinline__ void multiply_add(acc_t<element_t<Math>> (&sums)[columns][4], const FragmentA<Math>& a,
                                              const FragmentB<Math> (&b)[columns]) {

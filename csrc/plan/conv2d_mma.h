@@ -36,14 +36,13 @@ struct MmaTile {
   int64_t to_fill;  // blocks that fill an SM
 };
 
-// What a call takes on an H200, in µs: the slower of the tensor cores and memory, and the launches.
+// What a call takes on an H200, in µs: the slower of the tensor cores and memory, the copies, and the launches.
 //
 //   steps     = contraction of a split / 64 bytes, + 2 to fill the pipeline and to store
-//   products  = (most blocks on one SM, at least to_fill) · steps · slower of (multiply-adds of a step / rate of an SM,
-//               bytes of a step, by the L2 cache / bandwidth of an SM)
-//   memory    = bytes of x, w and y, of their copies and of partial sums, each once for each pass / bandwidth
-//
-// The first factor is the waves' quantization: 133 blocks take twice as long as 132.
+//   blocks    = most on one SM: this is the waves' quantization, 133 blocks take twice as long as 132
+//   products  = steps · the slower of  max(blocks, to_fill) · multiply-adds of a step / (rate of an SM · reach)
+//                                and   blocks · bytes of a step / an SM's part of the L2 cache's bandwidth
+//   memory    = bytes of x, w and y / bandwidth; of their copies and of partial sums, written and read, likewise
 double mma_time_us(const Conv2dProblem& normalized, Direction direction, const MmaTile& tile, int split, int num_sms);
 
 // Fills in tile, split, workspace and kernel, and says why the other tiles were not taken.
