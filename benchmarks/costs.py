@@ -1,4 +1,4 @@
-"""Writes what the networks cost into docs/lectures.md, between <!-- benchmark:costs --> and its end.
+"""Writes what the networks cost into docs/lectures.md, between <!-- benchmark:lectures --> and its end.
 
     python benchmarks/costs.py             # prints the two tables
     python benchmarks/costs.py --write     # and writes them
@@ -108,7 +108,7 @@ def main(arguments=None):
     text = markdown()
     print(text)
     if options.write:
-        write_between(PAGE, "costs", text)
+        write_between(PAGE, "lectures", text)
 
 
 if __name__ == "__main__":

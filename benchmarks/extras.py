@@ -42,7 +42,8 @@ def asked(options):
 
 
 def measure_extras(options, device, milliseconds):
-    """{name: rows}, of the tables that are not asked for too. Images are NCHW unless --layout nhwc is given."""
+    """Yields (name, rows) for each table, one after the other; no rows if it is not asked for. Images are NCHW unless
+    --layout nhwc is given."""
     layout = "nhwc" if options.layout == "nhwc" else "nchw"
     place = (layout, options.dtype, device)
     selected, quick = options.layers, options.quick
@@ -58,4 +59,5 @@ def measure_extras(options, device, milliseconds):
         "cliffs": lambda: cliffs.measure_cliffs(selected, *place, milliseconds),
     }
     wanted = asked(options)
-    return {name: ways[name]() if name in wanted else [] for name in TABLES}
+    for name in TABLES:
+        yield name, ways[name]() if name in wanted else []

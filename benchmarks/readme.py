@@ -5,8 +5,8 @@
 README has a line for each machine between <!-- benchmark:short --> and its end, and a line for each group between
 <!-- benchmark:cpu --> and its end, and the same for cuda;
 docs/performance.md has a line for each row, between <!-- benchmark:cpu rows --> and its end, the tables of extras.py
-between <!-- benchmark:cpu more --> and its end, what was checked on which GPU, between <!-- benchmark:gpu-check -->
-and its end, and likewise floors: what the layers must take on an H200.
+between <!-- benchmark:cpu more --> and its end, what was checked on which GPU, between <!-- benchmark:gpu-check --> and
+its end, and likewise floors: what the layers must take on an H200.
 """
 
 import json
@@ -48,11 +48,14 @@ def main():
         rows = "\n\n".join(map(markdown_rows, measured)) or NOTHING
         write_between(ROOT / "README.md", device, summary)
         write_between(ROOT / "docs" / "performance.md", f"{device} rows", rows)
-        more = "\n\n".join(filter(None, map(markdown_extras, measured))) or NOTHING
+        more = (
+            "\n\n".join(filter(None, map(markdown_extras, measured)))
+            or f"Overhead, first calls, memory, threads, cliffs: {NOTHING}."
+        )
         write_between(ROOT / "docs" / "performance.md", f"{device} more", more)
         print(f"{device}: {len(measured)} results" if measured else f"{device}: {NOTHING}")
-    write_between(ROOT / "docs" / "performance.md", "floors", floors.markdown_floors())
     write_between(ROOT / "README.md", "short", "\n\n".join(short))
+    write_between(ROOT / "docs" / "performance.md", "floors", floors.markdown_floors())
     checks = gpu_checks.read(ROOT / "benchmarks" / "results")
     write_between(ROOT / "docs" / "performance.md", "gpu-check", gpu_checks.markdown_checks(checks))
     print(f"gpu-check: {len(checks)} results")

@@ -69,8 +69,9 @@ def main(arguments):
     )
     milliseconds = timer(device)
     rows = run(options, device, limits, milliseconds, out)
-    more = extras.measure_extras(options, device, milliseconds)
-    for name, found in more.items():
+    more = {}
+    for name, found in extras.measure_extras(options, device, milliseconds):
+        more[name] = found
         if found:
             table = extras.TABLES[name]
             out.print()

@@ -79,11 +79,11 @@ def test_a_cliff_is_found(monkeypatch):
     class Slow:
         @staticmethod
         def conv2d(x, *others):
-            time.sleep(0.02 if x.shape[1] == 5 else 0.0)
+            time.sleep(0.1 if x.shape[1] == 5 else 0.0)
             return torch.nn.functional.conv2d(x, *others)
 
     monkeypatch.setitem(measure.LIBRARIES, "fastconv", Slow)
-    (row,) = cliffs.measure_cliffs([TINY["conv"]], "nchw", "float32", "cpu", CLOCK, 1.0, (3, 3), reach=1)
+    (row,) = cliffs.measure_cliffs([TINY["conv"]], "nchw", "float32", "cpu", CLOCK, 1.0, (5, 5), reach=1)
     assert row["fastconv"]["step"] == "C 4 → 5" and row["fastconv"]["ratio"] > cliffs.BOUND
     assert (row["layer"], row["layout"]) == ("conv", "NCHW")
 
@@ -104,14 +104,14 @@ def test_a_slow_first_call_is_seen(monkeypatch):
         @staticmethod
         def conv2d(x, *others):
             if x.shape not in seen:
+                time.sleep(0.1 if seen else 0.6)  # the first of all loads the kernels: it does not count
                 seen.add(x.shape)
-                time.sleep(0.02)
             return torch.nn.functional.conv2d(x, *others)
 
     monkeypatch.setitem(measure.LIBRARIES, "fastconv", Compiles)
-    (row,) = first_call.measure_first_calls([TINY["conv"]], "nchw", "float32", "cpu", CLOCK, shapes=3)
-    assert len(seen) == 4 and row["fastconv"]["ratio"] > 5
-    assert row["fastconv"]["first_ms"] >= 20 > row["fastconv"]["next_ms"]
+    (row,) = first_call.measure_first_calls([TINY["conv"]], "nchw", "float32", "cpu", CLOCK, shapes=1)
+    assert len(seen) == 2 and row["fastconv"]["ratio"] > 2
+    assert 300 > row["fastconv"]["first_ms"] >= 100 > row["fastconv"]["next_ms"]
 
 
 # Memory
@@ -128,7 +128,7 @@ def test_memory_is_what_a_call_takes():
     assert pool["results_bytes"] == 4 * y and pool_backward["results_bytes"] == 4 * x
     near = pytest.approx(y, abs=2**20)  # one byte of argmax for each output
     assert pool["fastconv_bytes"] == near and pool["plan_bytes"] is None
-    assert pool["torch_bytes"] == pytest.approx(8 * y, abs=2**20)  # int64
+    assert pool["torch_bytes"] >= 8 * y - 2**20  # int64
     for row in rows[:2]:
         assert row["fastconv_bytes"] <= row["plan_bytes"] + 2**20
 

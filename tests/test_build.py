@@ -17,6 +17,7 @@ import test_conv2d
 import test_max_pool2d
 import torch
 from conftest import ROOT, Backend
+from layouts import lay_out
 
 import fastconv
 
@@ -82,11 +83,11 @@ def test_every_instruction_set_gives_right_results(isas, isa, dtype):
             for case in (depthwise,) if algo == "depthwise" else (depthwise, *dense):
                 test_conv2d.check(CPU, case, dtype, layout, algo)
         for size in ((3, 35, 7, 9), (2, 3, 21, 17)):
-            x = test_max_pool2d.lay_out(test_max_pool2d.FILLS["NaN and infinities"](size).to(dtype), layout)
+            x = lay_out(test_max_pool2d.FILLS["NaN and infinities"](size).to(dtype), layout)
             test_max_pool2d.check_values(CPU, x, (3, 2, 1, 1, False))
             test_max_pool2d.check_gradient(CPU, x.nan_to_num(), (3, 2, 1, 1, False))
             for case in test_avg_pool2d.SAMPLE:
-                test_avg_pool2d.check(CPU, case, test_avg_pool2d.lay_out(torch.randn(case.x).to(dtype), layout))
+                test_avg_pool2d.check(CPU, case, lay_out(torch.randn(case.x).to(dtype), layout))
             test_batch_norm.check(CPU, (torch.randn(size) + 2).to(dtype), layout)
             test_batch_norm.check(CPU, torch.randn(size).to(dtype), layout, training=False)
     if dtype.itemsize == 2:

@@ -16,6 +16,7 @@ import test_conv2d_mma
 import test_max_pool2d
 import torch
 from conftest import ROOT, emulated_library_path
+from layouts import lay_out
 
 import fastconv
 
@@ -94,12 +95,12 @@ def check_conv2d_mma(backend, dtype, layout):
 
 def check_avg_pool2d(backend, dtype, layout):
     for case in test_avg_pool2d.CASES:
-        test_avg_pool2d.check(backend, case, test_avg_pool2d.lay_out(torch.randn(case.x).to(dtype), layout))
+        test_avg_pool2d.check(backend, case, lay_out(torch.randn(case.x).to(dtype), layout))
 
 
 def check_max_pool2d(backend, dtype, layout):
     for case in test_max_pool2d.CASES[:9] + test_max_pool2d.CASES[17:]:
-        x = test_max_pool2d.lay_out(torch.randn(case.x).to(dtype), layout)
+        x = lay_out(torch.randn(case.x).to(dtype), layout)
         test_max_pool2d.check_values(backend, x, case.window)
         test_max_pool2d.check_gradient(backend, x, case.window)
         test_max_pool2d.check_double_backward(backend, x, case.window)

@@ -95,6 +95,7 @@ __global__ void __launch_bounds__(direct_threads, sizeof(T) == 8 ? 1 : 2)
   // redundant: 0 is the distance of one tap alone, which is the first
   const int64_t back_h = delta_h < 0 ? tile.h.chunk - 1 : 0, back_w = delta_w < 0 ? tile.w.chunk - 1 : 0;
 
+  // redundant: a block beyond the last is of images beyond the last
   for (int64_t block = blockIdx.x; block < g.blocks; block += gridDim.x) {
     // Blocks that share lines of memory are neighbours: the columns of NCHW, the channels of NHWC.
     int64_t rest = block, channel_tile = 0;
@@ -114,17 +115,17 @@ __global__ void __launch_bounds__(direct_threads, sizeof(T) == 8 ? 1 : 2)
       int j = pixel_thread + a * pixel_threads;
       int i = g.pixels_w.split(j);
       int n = g.pixels_h.split(i);
-      if (n >= tile.images) n = i = j = 0;  // redundant for the first of them: a window beyond the patch, not stored
+      if (n >= tile.images) n = i = j = 0;
       window[a] = int(n * tile.h.extent * patch_w + i * tile.h.patch_step * patch_w + j * tile.w.patch_step -
                       back_h * delta_h - back_w * delta_w);
     }
 
-    acc sums[4][4] = {};  // [pixel][channel]
-    for (int64_t c0 = 0; c0 < g.in_channels; c0 += tile.channels) {
+    acc sums[4][4] = {};                                             // [pixel][channel]
+    for (int64_t c0 = 0; c0 < g.in_channels; c0 += tile.channels) {  // redundant: an empty chunk adds nothing
       const int channels = int(min(g.in_channels - c0, int64_t(tile.channels)));
-      for (int64_t r0 = 0; r0 < taps_h.count; r0 += tile.h.chunk) {
+      for (int64_t r0 = 0; r0 < taps_h.count; r0 += tile.h.chunk) {  // redundant: an empty chunk adds nothing
         const int rows = int(min(taps_h.count - r0, int64_t(tile.h.chunk)));
-        for (int64_t s0 = 0; s0 < taps_w.count; s0 += tile.w.chunk) {
+        for (int64_t s0 = 0; s0 < taps_w.count; s0 += tile.w.chunk) {  // redundant: an empty chunk adds nothing
           const int columns = int(min(taps_w.count - s0, int64_t(tile.w.chunk)));
           __syncthreads();
           load_patch(g, in, shared.patch, n0, group * g.in_channels + c0, channels,
@@ -255,7 +256,7 @@ __global__ void __launch_bounds__(direct_threads, sizeof(T) == 8 ? 1 : 2)
               inside ? int(n * tile.h.extent * patch_w + i * tile.h.patch_step * patch_w + j * tile.w.patch_step) : -1;
       }
       __syncthreads();
-      if (slice >= g.slices) continue;
+      if (slice >= g.slices) continue;  // redundant: sums of such slices are not kept, only take time
       for (int pixel = slice; pixel < pixels; pixel += g.slices) {
         const int window = shared.pixel[pixel];
         if (window < 0) continue;

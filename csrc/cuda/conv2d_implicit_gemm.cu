@@ -327,8 +327,7 @@ Status run(Call call, const Conv2dProblem& p, const Conv2dPlan& plan, T* db, voi
   s.partial = call.sums, s.splits = plan.split;
   s.batches = g.groups, s.m = g.m, s.n = g.n, s.pitch = round_up(g.n, 4);
   s.out = g.out, s.out_m = out_index(p, plan.direction), s.out_n.stride = g.out_n, s.out_batch_stride = g.out_group;
-  s.bias = g.bias, s.bias_batch_stride = g.n, s.bias_n_stride = 1;
-  s.relu = g.relu;
+  s.bias = g.bias, s.bias_batch_stride = g.n, s.bias_n_stride = 1, s.relu = g.relu;
   if (Status status = ordered_sum<T>(s, stream); !status.ok() || !db) return status;
   return ordered_sum<T>(call.column_sums, plan.split, p.K, db, stream);
 }

@@ -25,7 +25,7 @@ struct ConvMma {
   int64_t other_row, other_group;  // elements between its rows (n; filter and tap; k), and between its groups
   void* out;
   const void* bias;  // null, or fprop's
-  bool relu;         // of fprop, after it
+  bool relu;         // of fprop
   void* db;          // null, or wgrad's, in the elements' type
   void* sums;        // null, or partial sums instead of out, of the accumulation type; row_sums likewise of db
   void* row_sums;

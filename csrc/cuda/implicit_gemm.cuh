@@ -79,7 +79,7 @@ struct ImplicitGemm {
   int64_t out_n, out_group;
   bool out_along_m, out_quads;
   const void* bias;  // of the groups' n; may be null
-  bool relu;         // of fprop, after it
+  bool relu;         // after the bias
 };
 
 // Address of windows(m, k), null where it is zero. `windows` is the group's.

@@ -140,8 +140,8 @@ Algo nearest(Algo algo, Direction direction, const Target& target) {
 std::string obstacle(const Conv2dProblem& p, const Target& target, Algo algo) {
   if (algo == Algo::mma) {
     if (target.sm < 80) return "needs compute capability 8.0 or newer, and this is " + text("sm", target.sm);
-    if (!counts_pixels_in_32_bits(p) || p.R * p.S * (p.C + p.K) > (int64_t{1} << 27))
-      return "counts taps and the pixels of all images in 32 bits, which are too few here";
+    if (counts_pixels_in_32_bits(p) && p.R * p.S * (p.C + p.K) <= int64_t{1} << 27) return "";
+    return "counts taps and the pixels of all images in 32 bits, which are too few here";
   }
   if (algo >= Algo::implicit_gemm_tile && algo <= Algo::implicit_gemm) {
     if (element_bytes(p.dtype) < 4) return std::string("multiplies float32 and float64, and this is ") + name(p.dtype);
@@ -230,9 +230,9 @@ Conv2dPlan plan_conv2d_cuda(const Conv2dProblem& problem, Direction direction, c
              misfit);
     for (Algo rung : {Algo::implicit_gemm_tile, Algo::implicit_gemm_registers, Algo::implicit_gemm_vectors})
       say(rung, false, "never chosen: a rung on the way to implicit_gemm");
-    const std::string slow = found ? "" : implicit_gemm_misfit(p, direction, target);
-    consider(Algo::implicit_gemm, slow.empty(),
-             "im2col's product without its matrix of windows, and by the model not slower", slow);
+    const std::string slower = found ? "" : implicit_gemm_misfit(p, direction, target);
+    consider(Algo::implicit_gemm, slower.empty(),
+             "im2col's product without its matrix of windows, and by the model not slower", slower);
     consider(Algo::im2col, filters >= fewest_product_filters,
              text("a matrix product, K/groups", filters) +
                  text(" filters by C/groups·R·S", p.channels_per_group() * p.R * p.S) + " taps",
@@ -251,7 +251,6 @@ Conv2dPlan plan_conv2d_cuda(const Conv2dProblem& problem, Direction direction, c
     case Algo::depthwise: plan_depthwise(p, target, &plan); break;
     case Algo::mma: plan_mma(p, target, &plan, reasons); break;
   }
-  if (target.sm != 90) plan.predicted_us = 0;  // the models are of an H200
   return plan;
 }
 
