@@ -99,10 +99,10 @@ def measure_step_memory(layout, dtype, device):
 
 
 def lines(rows):
-    peaks = {row["variant"]: row["peak_bytes"] for row in rows}
+    peak = {row["variant"]: row["peak_bytes"] for row in rows}.get("torch")
     return [
         [row["variant"], row["layout"], str(row["images"]), f"{row['peak_bytes'] / 2**20:.0f}",
-         f"{row['kept_bytes'] / 2**20:.0f}", f"{row['peak_bytes'] / peaks['torch']:.2f}×" if "torch" in peaks else "–"]
+         f"{row['kept_bytes'] / 2**20:.0f}", f"{row['peak_bytes'] / peak:.2f}×" if peak else "–"]
         for row in rows
     ]  # fmt: skip
 

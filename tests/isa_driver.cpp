@@ -86,7 +86,7 @@ void pooling(DType dtype, Layout layout, const cpu::Parallel& parallel) {
   const MaxPool2dPlan plan = plan_max_pool2d(p, {});
   const int64_t size = element_bytes(dtype);
   const Bytes x = values(p.x_elements(), dtype, 1), dy = values(p.y_elements(), dtype, 2);
-  Bytes y = room(p.y_elements() * size), offsets = room(p.y_elements() * p.offset_bytes());
+  Bytes y = room(p.y_elements() * size), offsets = room(p.y_elements() * p.offset_bytes);
   Bytes dx = room(p.x_elements() * size), gathered = room(p.y_elements() * size);
   std::vector<int64_t> indices(size_t(p.y_elements()));
   const cpu::MaxPool2dKernels& kernels = *cpu::kernels().max_pool2d;

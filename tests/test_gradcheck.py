@@ -163,6 +163,21 @@ def test_batch_norm_activation(backend, size, layout, training):
     check(backend, lambda x, residual: batch_norm(x, None, None, residual), (inputs[0], leaf(backend, size, layout)))
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_of_activations_are_the_same_with_create_graph(backend, layout, training):
+    """Which goes another way, and would agree with finite differences of itself."""
+    x, residual, weight = leaf(backend, (3, 4, 5, 2), layout), leaf(backend, (3, 4, 5, 2), layout), leaf(backend, (4,))
+    mean, var, dy = (backend.put(torch.rand(size, dtype=torch.float64)) for size in ((4,), (4,), (3, 4, 5, 2)))
+    for inputs in ((x, weight), (x, weight, residual)):
+        y = fastconv.batch_norm(
+            x, mean, var, weight, None, training, activation="relu", residual=inputs[2] if len(inputs) == 3 else None
+        )
+        expected = torch.autograd.grad(y, inputs, dy, retain_graph=True)
+        for a, b in zip(torch.autograd.grad(y, inputs, dy, create_graph=True), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
 def test_ops_called_directly_keep_their_gradients(backend):
     ops = torch.ops.fastconv_emulated if backend.name == "emulated" else torch.ops.fastconv
     x_size, w_size, *config = CONVOLUTIONS["all"]
