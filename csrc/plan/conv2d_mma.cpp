@@ -4,13 +4,13 @@
 #include <cstdio>
 #include <limits>
 
+#include "h200.h"
+
 namespace fastconv::cuda {
 namespace {
 
-// An H200. Large copies and bf16 products of a library that uses all of the tensor cores were measured; the L2 cache is
-// about as fast as others found it.
-constexpr double bf16_tflops = 790, copy_bytes_per_us = 4.3e6, l2_bytes_per_us = 5.5e6, launch_us = 2.5;
-constexpr int sms = 132, step_bytes = 64;
+using namespace h200;
+constexpr int step_bytes = 64;
 constexpr int64_t most_sums_bytes = int64_t{64} << 20;  // of the partial sums of a split contraction
 
 // mma.sync reaches 60 to 70 % of the rate of the instructions that Hopper adds. A smaller tile reuses a fragment less
@@ -180,7 +180,7 @@ void plan_mma(const Conv2dProblem& p, const Target& target, Conv2dPlan* plan, Re
   plan->split = best.split;
   plan->workspace_bytes = mma_workspace(p, plan->direction, best.split).end;
   plan->kernel = "conv2d_mma_kernel";
-  if (target.sm == 90) plan->predicted_us = best.us;
+  plan->predicted_us = best.us;
   if (!reasons) return;
   const auto say = [&](const std::string& text) { reasons->push_back({Algo::mma, false, text}); };
   for (const Candidate& other : candidates)

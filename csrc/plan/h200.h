@@ -1,5 +1,6 @@
-// What the models of time assume of the GPU, an H200. Its float32 and float64 rates are NVIDIA's data sheet's; large
-// copies were measured; the L2 cache is about as fast as others found it; a launch is an estimate.
+// What the models of time assume of the GPU, an H200. Large copies and bf16 products of a library that uses all of the
+// tensor cores were measured; the other rates are those of NVIDIA's data sheet; the L2 cache is about as fast as others
+// found it; a launch is an estimate.
 #pragma once
 
 #include "conv2d_cuda.h"
@@ -8,6 +9,7 @@ namespace fastconv::cuda::h200 {
 
 constexpr int sms = 132;
 constexpr double float32_tflops = 67, float64_tflops = 34;  // multiply-adds on CUDA cores, two operations each
+constexpr double bf16_tflops = 790;
 constexpr double copy_bytes_per_us = 4.3e6, l2_bytes_per_us = 5.5e6, launch_us = 2.5;
 
 // Multiply-adds of an SM's CUDA cores in a µs.
