@@ -21,6 +21,13 @@ PARAMETERS = {
     "SqueezeNet 1.1": 1_235_496, "MobileNet": 4_231_976, "ShuffleNet v2": 2_278_604,
 }  # fmt: skip
 
+# Billions of multiply-adds, as papers and model collections give them.
+OPERATIONS = {
+    "AlexNet": 1.135, "VGG-13": 11.308, "VGG-16": 15.470, "VGG-19": 19.632, "GoogLeNet": 1.583, "ResNet-18": 1.814,
+    "ResNet-34": 3.664, "ResNet-50": 4.089, "ResNet-101": 7.801, "ResNet-152": 11.514, "WideResNet-50-2": 11.398,
+    "ResNeXt-50": 4.230, "DenseNet-121": 2.834, "SqueezeNet 1.1": 0.349, "MobileNet": 0.569, "ShuffleNet v2": 0.145,
+}  # fmt: skip
+
 # Arguments and an input that make a network small. What has fully connected layers for maps of one size keeps the image
 # and gets narrow layers.
 OTHERS = {"classes": 10}, (2, 3, 64, 64)
@@ -88,6 +95,13 @@ def seeded(model, x):
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_parameters(name):
     assert parameters(on_meta(NETWORKS[name].build)) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_operations(name):
+    network = NETWORKS[name]
+    total = fastconv.cost(on_meta(network.build), network.size)
+    assert round(total.multiply_adds / 1e9, 3) == OPERATIONS[name]
 
 
 @pytest.mark.parametrize("name", NETWORKS)
