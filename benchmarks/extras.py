@@ -1,6 +1,7 @@
 """What `run.py layers` measures besides the layers' times: a table each, with an option that turns it on or off."""
 
 import argparse
+import subprocess
 
 import cliffs
 import first_call
@@ -39,7 +40,8 @@ def asked(options):
 
 
 def measure_extras(options, device, milliseconds):
-    """{name: rows}, of the tables that are not asked for too. Images are NCHW unless --layout nhwc is given."""
+    """Yields (name, rows, failure) for each table, one after the other: no rows if it is not asked for or failed, and
+    "" if it did not fail. Images are NCHW unless --layout nhwc is given."""
     layout = "nhwc" if options.layout == "nhwc" else "nchw"
     place = (layout, options.dtype, device)
     selected, quick = options.layers, options.quick
@@ -54,4 +56,10 @@ def measure_extras(options, device, milliseconds):
         "cliffs": lambda: cliffs.measure_cliffs(selected, *place, milliseconds),
     }
     wanted = asked(options)
-    return {name: ways[name]() if name in wanted else [] for name in TABLES}
+    for name in TABLES:
+        rows, failure = [], ""
+        try:
+            rows = ways[name]() if name in wanted else []
+        except (RuntimeError, subprocess.CalledProcessError) as error:  # torch.OutOfMemoryError is a RuntimeError
+            failure = f"{name}: {type(error).__name__}: {str(error).splitlines()[0]}"
+        yield name, rows, failure

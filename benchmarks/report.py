@@ -185,6 +185,21 @@ def markdown_summary(result):
     return f"{caption(result)}\n\n{markdown_table(['group', *map(abbreviate, MEANS), 'worst row'], lines)}"
 
 
+def markdown_short(results):
+    """Results files, a line each: the machine, and the geometric mean over each group."""
+    lines = [
+        [f"{machine_name(result)}, {result['settings']['dtype']}"]
+        + [times(result["summary"].get(group, {}).get("all")) for group in GROUPS]
+        for result in results
+    ]
+    return markdown_table(["", *GROUPS], lines)
+
+
+def machine_name(result):
+    """The machine without the versions: "AMD EPYC, 2 threads"."""
+    return result["title"].split(" · ")[0]
+
+
 def markdown_rows(result):
     """A results file, one line a row."""
     header = ["layer, layout", "pass", "N", "fastconv ms (IQR)", "torch ms (IQR)", "fastconv", "of limit", "ratio"]

@@ -205,7 +205,13 @@ MaxPool2dProblem make_max_pool2d_problem(const Sizes& x_size, const Sizes& kerne
   p.P = pooled_size(p.H, p.R, p.stride_h, p.pad_h, p.dilation_h, ceil_mode);
   p.Q = pooled_size(p.W, p.S, p.stride_w, p.pad_w, p.dilation_w, ceil_mode);
   check_pooled_size(p.C, p.H, p.W, p.P, p.Q);
-  multiply(p.R, p.S);
+  const int64_t window_elements = multiply(p.R, p.S), most = int64_t{1} << 32;
+  p.offset_bytes = window_elements <= 256 ? 1 : window_elements <= 65536 ? 2 : 4;
+  if (window_elements > most) {  // without the rows and columns that are outside of the image wherever the window is
+    p.R = std::min(p.R, (p.H + p.pad_h) / p.dilation_h + 1);
+    p.S = std::min(p.S, (p.W + p.pad_w) / p.dilation_w + 1);
+    if (multiply(p.R, p.S) > most) fail("max_pool2d: the window has more than 2^32 elements");
+  }
   product({p.N, p.C, p.P, p.Q, 8});
   return p;
 }

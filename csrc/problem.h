@@ -48,13 +48,12 @@ struct MaxPool2dProblem {
   int64_t stride_h, stride_w;
   int64_t pad_h, pad_w;
   int64_t dilation_h, dilation_w;
+  int offset_bytes;  // of the argmax, which is kept as the offset r·S + s inside its window: 1, 2 or 4
   DType dtype;
   Layout layout;
 
   int64_t x_elements() const { return N * C * H * W; }
   int64_t y_elements() const { return N * C * P * Q; }
-  // The argmax is kept as the offset r·S + s inside its window, in the narrowest unsigned type: 1, 2 or 4 bytes.
-  int offset_bytes() const { return R * S <= 256 ? 1 : R * S <= 65536 ? 2 : 4; }
 };
 
 // The same window for all outputs or, along an adaptive axis, one that grows and shrinks: output p of P is the mean of

@@ -114,14 +114,14 @@ def conv2d_reference(x, w, bias, dy, stride, padding, dilation, groups):
 
 
 def max_pool2d_backward_reference(x, dy, kernel_size, stride, padding, dilation, ceil_mode):
-    """Expected dx. Each is a sum of at most as many dy as the window has elements."""
+    """Expected dx. Each is a sum of at most as many dy as the window has elements, or as there are in a plane."""
     dx = []
     for upstream in (_double(dy), _double(dy).abs()):
         leaf = _double(x).contiguous().requires_grad_()
         y = F.max_pool2d(leaf, kernel_size, stride, padding, dilation, ceil_mode)
         dx += torch.autograd.grad(y, leaf, upstream)
     r, s = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
-    return Expected(*dx, terms=r * s)
+    return Expected(*dx, terms=min(r * s, dy.shape[-2] * dy.shape[-1]))
 
 
 def avg_pool2d_reference(pool, x, dy, taps):

@@ -204,6 +204,9 @@ def test_readme_tables(tmp_path):
     summary = report.markdown_summary(result)
     assert summary.startswith("2026-01-02, float32: a machine.")
     assert "| dense | 1.00× | 2.00× | – | – | 0.50× | 2.00× | 0.50× | 0.50× b NHWC bwd |" in summary
+    short = report.markdown_short([result | {"title": "a CPU, 2 threads · torch 2"}])
+    assert short.splitlines()[0] == f"|  | {' | '.join(layers.GROUPS)} |"
+    assert short.splitlines()[2:] == ["| a CPU, 2 threads, float32 | 1.00× | – | – | – | – | – |"]
     assert report.markdown_rows(result).count("\n| ") == 2 + len(rows)
 
 

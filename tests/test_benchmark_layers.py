@@ -78,11 +78,11 @@ def test_a_cliff_is_found(monkeypatch):
     class Slow:
         @staticmethod
         def conv2d(x, *others):
-            time.sleep(0.02 if x.shape[1] == 5 else 0.0)
+            time.sleep(0.1 if x.shape[1] == 5 else 0.0)
             return torch.nn.functional.conv2d(x, *others)
 
     monkeypatch.setitem(measure.LIBRARIES, "fastconv", Slow)
-    (row,) = cliffs.measure_cliffs([TINY["conv"]], "nchw", "float32", "cpu", CLOCK, 1.0, (3, 3), reach=1)
+    (row,) = cliffs.measure_cliffs([TINY["conv"]], "nchw", "float32", "cpu", CLOCK, 1.0, (5, 5), reach=1)
     assert row["fastconv"]["step"] == "C 4 → 5" and row["fastconv"]["ratio"] > cliffs.BOUND
     assert (row["layer"], row["layout"]) == ("conv", "NCHW")
 
@@ -103,14 +103,14 @@ def test_a_slow_first_call_is_seen(monkeypatch):
         @staticmethod
         def conv2d(x, *others):
             if x.shape not in seen:
+                time.sleep(0.1 if seen else 0.6)  # the first of all loads the kernels: it does not count
                 seen.add(x.shape)
-                time.sleep(0.02)
             return torch.nn.functional.conv2d(x, *others)
 
     monkeypatch.setitem(measure.LIBRARIES, "fastconv", Compiles)
-    (row,) = first_call.measure_first_calls([TINY["conv"]], "nchw", "float32", "cpu", CLOCK, shapes=3)
-    assert len(seen) == 4 and row["fastconv"]["ratio"] > 5
-    assert row["fastconv"]["first_ms"] >= 20 > row["fastconv"]["next_ms"]
+    (row,) = first_call.measure_first_calls([TINY["conv"]], "nchw", "float32", "cpu", CLOCK, shapes=1)
+    assert len(seen) == 2 and row["fastconv"]["ratio"] > 2
+    assert 300 > row["fastconv"]["first_ms"] >= 100 > row["fastconv"]["next_ms"]
 
 
 # Memory
@@ -127,7 +127,7 @@ def test_memory_is_what_a_call_takes():
     assert pool["results_bytes"] == 4 * y and pool_backward["results_bytes"] == 4 * x
     near = pytest.approx(y, abs=2**20)  # one byte of argmax for each output
     assert pool["fastconv_bytes"] == near and pool["plan_bytes"] is None
-    assert pool["torch_bytes"] == pytest.approx(8 * y, abs=2**20)  # int64
+    assert pool["torch_bytes"] >= 8 * y - 2**20  # int64
     for row in rows[:2]:
         assert row["fastconv_bytes"] <= row["plan_bytes"] + 2**20
 
@@ -205,6 +205,21 @@ def test_quick_leaves_out_what_takes_long():
     assert asked() == list(extras.TABLES)
     assert asked("--quick") == ["overhead", "first_call", "memory"]
     assert asked("--quick", "--cliffs", "--no-first-call") == ["overhead", "memory", "cliffs"]
+
+
+def test_a_table_that_fails_costs_no_other_result(tiny, tmp_path, monkeypatch, capsys):
+    def fails(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory\nmore")
+
+    monkeypatch.setattr(cliffs, "measure_cliffs", fails)
+    monkeypatch.setattr(overhead, "measure_overhead", lambda *_: [{"case": "none"}])
+    monkeypatch.setattr(overhead, "lines", lambda rows: [])
+    monkeypatch.setattr(run_layers, "SECONDS", 0.01)
+    arguments = ["--filter", "pool", "--no-first-call", "--no-memory", "--no-threads", "--device", "cpu"]
+    assert run_layers.main([*arguments, "--out", str(tmp_path)]) == 1
+    assert capsys.readouterr().out.endswith("cliffs: OutOfMemoryError: CUDA out of memory\n")
+    result = json.loads((tmp_path / "cpu-float32.json").read_text())
+    assert result["rows"] and result["overhead"] == [{"case": "none"}] and result["cliffs"] == []
 
 
 def keys(value):

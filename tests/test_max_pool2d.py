@@ -193,6 +193,15 @@ def test_offsets_take_as_few_bytes_as_the_window_allows(native_backend, kernel, 
     check_gradient(native_backend, x.cpu(), window[:5])
 
 
+@pytest.mark.parametrize("kernel", [(70_000, 70_001), (2**31 - 1, 2**31 - 1)], ids=["2^32", "2^62"])
+def test_windows_of_more_than_a_32_bit_offset_counts(backend, kernel):
+    window = (kernel, kernel, (3, 1), 1, True)
+    check_values(backend, torch.randn(2, 3, 5, 4), window)
+    check_gradient(backend, torch.randn(2, 3, 5, 4), window)
+    with pytest.raises(RuntimeError, match="window has more than 2\\^32 elements"):
+        fastconv.max_pool2d(backend.put(torch.randn(1, 1, 1, 1)), 2**20, 1, 2**19)
+
+
 def test_offsets_are_kept_only_where_something_needs_them(backend):
     x = backend.put(torch.randn(1, 2, 4, 6))
     window = (2, 2, 0, 1, False, False)

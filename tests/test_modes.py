@@ -439,6 +439,10 @@ def test_removing_weight_norm_leaves_a_working_layer():
     assert_close(layer(x), expected)
     nn.utils.remove_weight_norm(nn.utils.weight_norm(layer))
     assert_close(layer(x), expected)
+    with torch.no_grad():  # what is left is a parameter that the layer reads
+        layer.weight.mul_(2)
+        layer.bias.mul_(2)
+    assert_close(layer(x), 2 * expected)
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
@@ -534,7 +538,7 @@ def test_a_forked_process_trains_a_shared_model():
 
 
 def test_threads_that_share_a_layer_get_the_results_of_one():
-    model, x = converted(network()).eval(), images()
-    expected = model(x)
+    model, inputs = converted(network()).eval(), [images() + i for i in range(16)]
+    expected = [model(x) for x in inputs]
     with ThreadPoolExecutor(4) as pool:
-        assert_same(pool.map(lambda _: model(x), range(16)), [expected] * 16)
+        assert_same(pool.map(model, inputs), expected)

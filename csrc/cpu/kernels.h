@@ -33,7 +33,7 @@ struct Conv2dKernels {
 };
 
 struct MaxPool2dKernels {
-  // offsets: problem.offset_bytes() bytes each, laid out like y; null if no gradient is needed.
+  // offsets: problem.offset_bytes bytes each, laid out like y; null if no gradient is needed.
   void (*forward)(const MaxPool2dProblem&, const MaxPool2dPlan&, const void* x, void* y, void* offsets,
                   const Parallel&);
   // dx gathers from every window that covers it; every element written once.

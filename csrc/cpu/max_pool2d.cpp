@@ -83,7 +83,7 @@ void for_each_index(const MaxPool2dProblem& p, const Offset* offsets, const Para
 // Calls f(Offset{}) with the offsets' type.
 template <typename F>
 FASTCONV_INLINE void dispatch_offsets(const MaxPool2dProblem& p, F&& f) {
-  switch (p.offset_bytes()) {
+  switch (p.offset_bytes) {
     case 1: return f(uint8_t{});
     case 2: return f(uint16_t{});
     default: return f(uint32_t{});

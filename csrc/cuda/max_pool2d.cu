@@ -337,7 +337,7 @@ __global__ void __launch_bounds__(block_threads)
 }
 
 Offsets offsets_of(const MaxPool2dProblem& p, const void* offsets) {
-  return {const_cast<void*>(offsets), offsets ? p.offset_bytes() : 0};
+  return {const_cast<void*>(offsets), offsets ? p.offset_bytes : 0};
 }
 
 // Channels in the vectors of an NHWC kernel: 16 bytes, or one element where those would not be aligned.

@@ -10,7 +10,7 @@ namespace {
 Layout layout_of(bool channels_last) { return channels_last ? Layout::NHWC : Layout::NCHW; }
 
 ScalarType offset_type(const MaxPool2dProblem& problem) {
-  switch (problem.offset_bytes()) {
+  switch (problem.offset_bytes) {
     case 1: return ScalarType::Byte;
     case 2: return ScalarType::UInt16;
     default: return ScalarType::UInt32;
@@ -22,7 +22,7 @@ Sizes output_size(const MaxPool2dProblem& p) { return {p.N, p.C, p.P, p.Q}; }
 void check_offsets(const Tensor& offsets, const MaxPool2dProblem& problem) {
   if (sizes_of(offsets) != output_size(problem) || offsets.scalar_type() != offset_type(problem))
     throw std::runtime_error("fastconv: expected offsets of size " + format_sizes(output_size(problem)) + " and " +
-                             std::to_string(problem.offset_bytes()) + " bytes each, but got size " +
+                             std::to_string(problem.offset_bytes) + " bytes each, but got size " +
                              format_sizes(sizes_of(offsets)) + " and " + std::to_string(offsets.element_size()) +
                              " bytes");
 }

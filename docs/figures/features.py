@@ -26,7 +26,7 @@ SYNTHETIC = "synthetic"
 TITLES = {
     "fashion-mnist": "Fashion-MNIST",
     "cifar10": "CIFAR-10",
-    SYNTHETIC: "synthetic stripes, not photographs",
+    SYNTHETIC: "synthetic striped images, not photographs",
 }
 BATCH, LEARNING_RATE = 64, 0.05
 
