@@ -144,9 +144,11 @@ def test_the_fractal_network_is_40_convolutions_deep_and_joins_by_means():
     x = torch.rand(1, 3, 4, 4)
     for conv in layers(block, nn.Conv2d):
         nn.init.dirac_(conv.weight)
+    for batch_norm in layers(block, nn.BatchNorm2d):
+        nn.init.constant_(batch_norm.weight, 0.5)
     block.eval()
     with torch.no_grad():
-        unit = 1 / (1 + 1e-5) ** 0.5  # what a convolution that copies and its BatchNorm multiply by
+        unit = 0.5 / (1 + 1e-5) ** 0.5  # what a convolution that copies and its BatchNorm multiply by
         inner = x * (unit + unit**2) / 2  # the join inside: of the columns of one and two convolutions
         torch.testing.assert_close(block(x), (x * unit + inner * unit + inner * unit**2) / 3)
 
@@ -154,6 +156,16 @@ def test_the_fractal_network_is_40_convolutions_deep_and_joins_by_means():
 def test_googlenet_has_9_modules_57_convolutions_and_one_fully_connected_layer():
     model = on_meta(networks.GoogLeNet)
     assert [len(layers(model, kind)) for kind in (networks.Inception, nn.Conv2d, nn.Linear)] == [9, 57, 1]
+
+
+def test_blocks_keep_what_they_should():
+    x = torch.randn(2, 8, 6, 6)
+    for block in (networks.residual.basic(8, 8, 1), networks.residual.bottleneck(8, 4, 8, 1, groups=2)):
+        nn.init.zeros_(layers(block, nn.BatchNorm2d)[-1].weight)
+        assert torch.equal(block(x), x.relu())
+    assert torch.equal(networks.dense.Dense(8, 2)(x)[:, :8], x)
+    assert torch.equal(networks.mobile.Shuffle(8, 8, 1)(x)[:, ::2], x[:, :4])
+    assert torch.equal(networks.NaiveInception(8, 3, 4, 5)(x)[:, 12:], F.max_pool2d(x, 3, 1, 1))
 
 
 # With fastconv's layers
