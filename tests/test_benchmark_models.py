@@ -2,10 +2,12 @@
 
 import json
 import math
+import time
 
 import pytest
 import torch
 from torch import nn
+from torch.profiler import record_function
 
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
@@ -216,6 +218,18 @@ def test_a_step_is_divided_into_its_parts(small, variant, capfd):
     x = torch.randn(8, 16, 30, 30)
     alone = models.split(lambda: convolution(x).sum().backward(), "cpu")
     assert alone[models.POOL] == alone[models.BATCH_NORM] == 0 and alone[models.CONV] > alone[models.REST]
+
+
+def test_a_function_within_another_is_counted_once():
+    took = []
+
+    def call():
+        start = time.perf_counter()
+        with record_function("conv"), record_function("conv within"):
+            time.sleep(0.02)
+        took.append(1e3 * (time.perf_counter() - start))
+
+    assert 20 <= models.split(call, "cpu")[models.CONV] < 1.5 * took[-1]
 
 
 def test_peak_memory_holds_the_gradients():
