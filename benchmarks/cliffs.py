@@ -65,26 +65,25 @@ def worst_step(measured):
     return max(found)
 
 
-def measure_cliffs(chosen, layout, dtype, device, milliseconds, seconds=4.0, rounds=(3, 50), reach=2):
+def measure_cliffs(chosen, layout, dtype, device, milliseconds, seconds=1.5, rounds=(3, 50), reach=2):
     """A row for each layer: both libraries' dearest step, and where."""
     element = machine.DTYPES[dtype].itemsize
     rows = []
     for layer in chosen:
         batch = layer.batch(device)
-        swept = sweep(layer, batch, reach)
-        calls, units = {}, {}
-        for axis, sizes in swept.items():
+        measured = {library: {} for library in LIBRARIES}
+        for axis, sizes in sweep(layer, batch, reach).items():
+            calls = {}
             for size, neighbour in sizes.items():
-                units[axis, size] = work(neighbour, neighbour.batch(device), element)
                 made = steps(neighbour, device, dtype, layout)
-                calls |= {(library, axis, size): call for library, call in made.items()}
-        timings = time_in_turn(calls, milliseconds, seconds, rounds)
+                calls |= {(library, size): call for library, call in made.items()}
+            timings = time_in_turn(calls, milliseconds, seconds, rounds)
+            for (library, size), timing in timings.items():
+                units = work(sizes[size], sizes[size].batch(device), element)
+                measured[library].setdefault(axis, {})[size] = timing.median, units
         row = {"layer": layer.name, "layout": layers.layouts(layer, layout)[0]}
         for library in LIBRARIES:
-            ratio, where = worst_step({
-                axis: {size: (timings[library, axis, size].median, units[axis, size]) for size in sizes}
-                for axis, sizes in swept.items()
-            })  # fmt: skip
+            ratio, where = worst_step(measured[library])
             row[library] = {"ratio": ratio, "step": where}
         rows.append(row)
     return rows

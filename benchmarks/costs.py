@@ -53,7 +53,7 @@ def printed_and_computed():
     bottlenecks = {"channels": 256, "f1": 128, "r3": 64, "f3": 192, "r5": 64, "f5": 96, "pool": 64}
     bottleneck = cost(networks.Inception, (256, 28, 28), **bottlenecks)
     middle = cost(nn.Conv2d, (64, 28, 28), in_channels=64, out_channels=192, kernel_size=3, padding=1)
-    googlenet = cost(networks.GoogLeNet, (3, 224, 224))
+    googlenet, smaller = (cost(networks.GoogLeNet, (3, 224, 224), ceil_mode=ceil_mode) for ceil_mode in (True, False))
     with torch.device("meta"):
         lenet_connections = connections(networks.LeNet1998(), (1, 32, 32))
     return [
@@ -75,6 +75,7 @@ def printed_and_computed():
          "the same with the line of the 3×3 added twice"),
         ("GoogLeNet, parameters", "7.0M", googlenet.parameters, "with biases, without the auxiliary classifiers"),
         ("GoogLeNet, operations", "1.43G", googlenet.multiply_adds, "multiply-adds, of the paper's table"),
+        ("GoogLeNet, operations", "1.43G", smaller.multiply_adds, "the same where pools round sizes down"),
     ]  # fmt: skip
 
 

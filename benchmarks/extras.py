@@ -1,6 +1,7 @@
 """What `run.py layers` measures besides the layers' times: a table each, with an option that turns it on or off."""
 
 import argparse
+import subprocess
 
 import cliffs
 import first_call
@@ -42,8 +43,8 @@ def asked(options):
 
 
 def measure_extras(options, device, milliseconds):
-    """Yields (name, rows) for each table, one after the other; no rows if it is not asked for. Images are NCHW unless
-    --layout nhwc is given."""
+    """Yields (name, rows, failure) for each table, one after the other: no rows if it is not asked for or failed, and
+    "" if it did not fail. Images are NCHW unless --layout nhwc is given."""
     layout = "nhwc" if options.layout == "nhwc" else "nchw"
     place = (layout, options.dtype, device)
     selected, quick = options.layers, options.quick
@@ -60,4 +61,9 @@ def measure_extras(options, device, milliseconds):
     }
     wanted = asked(options)
     for name in TABLES:
-        yield name, ways[name]() if name in wanted else []
+        rows, failure = [], ""
+        try:
+            rows = ways[name]() if name in wanted else []
+        except (RuntimeError, subprocess.CalledProcessError) as error:  # torch.OutOfMemoryError is a RuntimeError
+            failure = f"{name}: {type(error).__name__}: {str(error).splitlines()[0]}"
+        yield name, rows, failure

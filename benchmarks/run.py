@@ -1,7 +1,7 @@
 """Measures fastconv against torch (cuDNN or oneDNN).
 
     python benchmarks/run.py [layers] [--quick]       # the layers of benchmarks/layers.py; the default
-    python benchmarks/run.py models [--quick]         # whole networks, those of benchmarks/networks.py
+    python benchmarks/run.py models [--quick]         # whole networks, those of benchmarks/networks
     python benchmarks/run.py compare A.json B.json    # what became slower from one result to the other
 
 `python benchmarks/run.py models --help` shows a command's options. Every result is checked before it is timed.

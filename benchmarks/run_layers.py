@@ -49,7 +49,7 @@ def parse(arguments):
 
 
 def main(arguments):
-    """Runs the benchmark of layers. Returns the exit code: 1 if a result was wrong or could not be computed."""
+    """Runs the benchmark of layers. Returns the exit code: 1 if something was wrong or failed."""
     options = parse(arguments)
     device = machine.choose_device(options.device)
     if options.dtype == "tf32" and device == "cpu":
@@ -69,9 +69,11 @@ def main(arguments):
     )
     milliseconds = timer(device)
     rows = run(options, device, limits, milliseconds, out)
-    more = {}
-    for name, found in extras.measure_extras(options, device, milliseconds):
+    more, failures = {}, []
+    for name, found, failure in extras.measure_extras(options, device, milliseconds):
         more[name] = found
+        if failure:
+            failures.append(failure)
         if found:
             table = extras.TABLES[name]
             out.print()
@@ -104,7 +106,9 @@ def main(arguments):
     wrong = [row for row in rows if not row["ok"]]
     if wrong:
         out.print(f"{len(wrong)} of {len(rows)} rows are WRONG or failed", style="bold red")
-    return 1 if wrong else 0
+    for failure in failures:
+        out.print(failure, style="bold red", soft_wrap=True)
+    return 1 if wrong or failures else 0
 
 
 def run(options, device, limits, milliseconds, out):

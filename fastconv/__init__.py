@@ -6,7 +6,7 @@ print(fastconv.plan(x, w, padding=1))                   # which kernel, and why
 """
 
 from . import _fake, _flops, _vmap, activated, transforms  # noqa: F401  (register fake kernels, FLOPs, vmap rules, jvps)
-from .cost import cost, summary
+from .costs import cost, summary
 from .functional import adaptive_avg_pool2d, avg_pool2d, batch_norm, conv1d, conv2d, max_pool2d
 from .fusion import fuse, fusions, unfuse
 from .modules import (

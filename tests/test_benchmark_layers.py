@@ -218,6 +218,21 @@ def test_quick_leaves_out_what_takes_long():
     assert asked("--quick", "--cliffs", "--no-first-call") == ["overhead", "memory", "cliffs"]
 
 
+def test_a_table_that_fails_costs_no_other_result(tiny, tmp_path, monkeypatch, capsys):
+    def fails(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory\nmore")
+
+    monkeypatch.setattr(cliffs, "measure_cliffs", fails)
+    monkeypatch.setattr(overhead, "measure_overhead", lambda *_: [{"case": "none"}])
+    monkeypatch.setattr(overhead, "lines", lambda rows: [])
+    monkeypatch.setattr(run_layers, "SECONDS", 0.01)
+    arguments = ["--filter", "pool", "--no-first-call", "--no-memory", "--no-threads", "--device", "cpu"]
+    assert run_layers.main([*arguments, "--out", str(tmp_path)]) == 1
+    assert capsys.readouterr().out.endswith("cliffs: OutOfMemoryError: CUDA out of memory\n")
+    result = json.loads((tmp_path / "cpu-float32.json").read_text())
+    assert result["rows"] and result["overhead"] == [{"case": "none"}] and result["cliffs"] == []
+
+
 def keys(value):
     """The names in a result, but those of groups and of the means over them."""
     if isinstance(value, dict):

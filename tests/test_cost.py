@@ -46,6 +46,7 @@ def test_layers(name, converted):
         n = batch or 1
         front = (batch,) if batch else ()
         found = fastconv.cost(layer, (*front, *size))
+        assert fastconv.summary(layer, (*front, *size)) == [found]  # whose multiply-adds are counted otherwise
         assert (found.input_size, found.output_size) == ((*front, *size), (*front, *output))
         assert (found.weights, found.biases, found.parameters) == (weights, biases, weights + biases)
         assert found.multiply_adds == n * multiply_adds

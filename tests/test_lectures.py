@@ -300,6 +300,8 @@ def test_googlenet_as_printed():
     rows = summary(networks.GoogLeNet, (3, 224, 224))
     assert sum(row.layer == "Conv2d" for row in rows) == 57 and sum(row.layer == "Linear" for row in rows) == 1
     assert (rows.total.parameters, rows.total.multiply_adds) == (6_998_552, 1_582_671_872)
+    rounded_down = summary(networks.GoogLeNet, (3, 224, 224), ceil_mode=False).total
+    assert round(rounded_down.multiply_adds / 1e9, 2) == 1.43  # what the slide prints
 
 
 def test_what_the_lectures_say_of_the_networks():

@@ -21,6 +21,13 @@ PARAMETERS = {
     "SqueezeNet 1.1": 1_235_496, "MobileNet": 4_231_976, "ShuffleNet v2": 2_278_604,
 }  # fmt: skip
 
+# Billions of multiply-adds, as papers and model collections give them.
+OPERATIONS = {
+    "AlexNet": 1.135, "VGG-13": 11.308, "VGG-16": 15.470, "VGG-19": 19.632, "GoogLeNet": 1.583, "ResNet-18": 1.814,
+    "ResNet-34": 3.664, "ResNet-50": 4.089, "ResNet-101": 7.801, "ResNet-152": 11.514, "WideResNet-50-2": 11.398,
+    "ResNeXt-50": 4.230, "DenseNet-121": 2.834, "SqueezeNet 1.1": 0.349, "MobileNet": 0.569, "ShuffleNet v2": 0.145,
+}  # fmt: skip
+
 # Arguments and an input that make a network small. What has fully connected layers for maps of one size keeps the image
 # and gets narrow layers.
 OTHERS = {"classes": 10}, (2, 3, 64, 64)
@@ -90,6 +97,13 @@ def test_parameters(name):
     assert parameters(on_meta(NETWORKS[name].build)) == PARAMETERS[name]
 
 
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_operations(name):
+    network = NETWORKS[name]
+    total = fastconv.cost(on_meta(network.build), network.size)
+    assert round(total.multiply_adds / 1e9, 3) == OPERATIONS[name]
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_sizes(name):
     network = NETWORKS[name]
@@ -130,9 +144,11 @@ def test_the_fractal_network_is_40_convolutions_deep_and_joins_by_means():
     x = torch.rand(1, 3, 4, 4)
     for conv in layers(block, nn.Conv2d):
         nn.init.dirac_(conv.weight)
+    for batch_norm in layers(block, nn.BatchNorm2d):
+        nn.init.constant_(batch_norm.weight, 0.5)
     block.eval()
     with torch.no_grad():
-        unit = 1 / (1 + 1e-5) ** 0.5  # what a convolution that copies and its BatchNorm multiply by
+        unit = 0.5 / (1 + 1e-5) ** 0.5  # what a convolution that copies and its BatchNorm multiply by
         inner = x * (unit + unit**2) / 2  # the join inside: of the columns of one and two convolutions
         torch.testing.assert_close(block(x), (x * unit + inner * unit + inner * unit**2) / 3)
 
@@ -140,6 +156,16 @@ def test_the_fractal_network_is_40_convolutions_deep_and_joins_by_means():
 def test_googlenet_has_9_modules_57_convolutions_and_one_fully_connected_layer():
     model = on_meta(networks.GoogLeNet)
     assert [len(layers(model, kind)) for kind in (networks.Inception, nn.Conv2d, nn.Linear)] == [9, 57, 1]
+
+
+def test_blocks_keep_what_they_should():
+    x = torch.randn(2, 8, 6, 6)
+    for block in (networks.residual.basic(8, 8, 1), networks.residual.bottleneck(8, 4, 8, 1, groups=2)):
+        nn.init.zeros_(layers(block, nn.BatchNorm2d)[-1].weight)
+        assert torch.equal(block(x), x.relu())
+    assert torch.equal(networks.dense.Dense(8, 2)(x)[:, :8], x)
+    assert torch.equal(networks.mobile.Shuffle(8, 8, 1)(x)[:, ::2], x[:, :4])
+    assert torch.equal(networks.NaiveInception(8, 3, 4, 5)(x)[:, 12:], F.max_pool2d(x, 3, 1, 1))
 
 
 # With fastconv's layers

@@ -40,7 +40,8 @@ class Inception(Branches):
 
 
 class GoogLeNet(nn.Sequential):
-    """For 3×224×224. Without the two auxiliary classifiers."""
+    """For 3×224×224. Without the two auxiliary classifiers. ceil_mode: whether pools round sizes up, to 56, 28, 14 and
+    7, as in the paper."""
 
     MODULES = (
         ((64, 96, 128, 16, 32, 32), (128, 128, 192, 32, 96, 64)),
@@ -51,9 +52,9 @@ class GoogLeNet(nn.Sequential):
         ((256, 160, 320, 32, 128, 128), (384, 192, 384, 48, 128, 128)),
     )  # fmt: skip
 
-    def __init__(self, classes=1000):
+    def __init__(self, classes=1000, ceil_mode=True):
         def pool():
-            return nn.MaxPool2d(3, 2, ceil_mode=True)
+            return nn.MaxPool2d(3, 2, ceil_mode=ceil_mode)
 
         layers = [
             convolution(3, 64, 7, stride=2), pool(), nn.LocalResponseNorm(5),
