@@ -62,6 +62,8 @@ CASES = [
     Case("depthwise 3x3, stride 2, even padding", (1, 3, 10, 7), (6, 1, 3, 3), (2, 2), (0, 1), groups=3),
     Case("depthwise 3x3, stride 2, no padding of rows", (2, 3, 8, 7), (3, 1, 3, 3), (2, 2), (2, 0), groups=3),
     Case("depthwise, large filter", (2, 3, 8, 9), (6, 1, 5, 4), padding=(2, 1), groups=3),
+    Case("image smaller than the stride", (1, 8, 2, 1), (8, 8, 3, 5), stride=(1, 4), padding=(1, 7)),
+    Case("one pixel, strides", (2, 3, 1, 1), (4, 3, 4, 6), stride=(3, 5), padding=(5, 7)),
 ]
 
 # Large enough for full tiles, several blocks and split contractions, also where kernels are emulated.

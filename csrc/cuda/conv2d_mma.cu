@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(mma_threads<tile>, tile == 128 ? 2 : 4)
     phase_h = phase_axis(phase / g.phases_w, g.H, g.stride_h, g.pad_h, g.dilation_h, g.R, g.tap_step_h);
     phase_w = phase_axis(phase % g.phases_w, g.W, g.stride_w, g.pad_w, g.dilation_w, g.S, g.tap_step_w);
     windows.h.first = phase_h.first, windows.w.first = phase_w.first;
-    if (g.phases > 1) {
+    if (g.stride_h > 1 || g.stride_w > 1) {  // redundant: without strides the host has found the same numbers
       windows.image = Divisor(phase_h.outputs * phase_w.outputs);
       windows.row = Divisor(phase_w.outputs);
       windows.filter_row = Divisor(max(phase_w.taps, 1));
