@@ -11,6 +11,7 @@ comment "// redundant: reason", at its end or before it.
 import argparse
 import hashlib
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -24,6 +25,7 @@ sys.path.insert(0, str(ROOT / "tests" / "mutation"))
 import rewrite  # noqa: E402
 
 NUMBERS = 1000  # of mutants, at most, that a file has
+SECONDS = 5  # of the tests that a mutant is tried with before others are
 
 
 def write(path, text):
@@ -80,8 +82,8 @@ def digest():
     return hashlib.sha256(b"".join(hashlib.sha256(c).digest() for c in contents)).hexdigest()[:16]
 
 
-def run_tests(mutants, orders, workers, sanitizer=None):
-    """{number: (what killed the mutant or "", how many tests can)}"""
+def run_tests(mutants, orders, workers, sanitizer=None, seconds=SECONDS):
+    """{number: (what killed the mutant or "", how many tests could)}"""
     results = WORK / "results.txt"
     results.write_text("")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "plugin", "-p", "no:faulthandler", "tests", "-k", "emulated"]
@@ -92,6 +94,7 @@ def run_tests(mutants, orders, workers, sanitizer=None):
         "--tests": WORK / f"tests-{digest()}.json",
         "--results": results,
         "--time-factor": 400 if sanitizer else 40,
+        "--seconds": seconds,
         "--workers": workers,
     }
     if sanitizer:
@@ -118,11 +121,16 @@ def main():
         return
     build("--emulated")
     fates = run_tests(mutants, arguments.orders, arguments.workers)
+
+    def survivors():
+        return [m for m in mutants if not fates[m.number][0] and fates[m.number][1] > 0]
+
     for sanitizer in filter(None, arguments.sanitizers.split(",")):
-        survivors = [m for m in mutants if not fates[m.number][0] and fates[m.number][1] and not m.redundant]
-        if survivors:
+        if unexplained := [m for m in survivors() if not m.redundant]:
             build("--sanitizers", sanitizer)
-            fates |= run_tests(survivors, "forward", arguments.workers, sanitizer)
+            fates |= run_tests(unexplained, "forward", arguments.workers, sanitizer)
+    if survivors():
+        fates |= run_tests(survivors(), "forward", arguments.workers, seconds=math.inf)
     lines, counts = [], {"killed": 0, "redundant": 0, "SURVIVED": 0}
     for m in mutants:
         killer, tests = fates[m.number]

@@ -62,6 +62,8 @@ CASES = [
     Case("depthwise 3x3, stride 2, even padding", (1, 3, 10, 7), (6, 1, 3, 3), (2, 2), (0, 1), groups=3),
     Case("depthwise 3x3, stride 2, no padding of rows", (2, 3, 8, 7), (3, 1, 3, 3), (2, 2), (2, 0), groups=3),
     Case("depthwise, large filter", (2, 3, 8, 9), (6, 1, 5, 4), padding=(2, 1), groups=3),
+    Case("image smaller than the stride", (1, 8, 2, 1), (8, 8, 3, 5), stride=(1, 4), padding=(1, 7)),
+    Case("one pixel, strides", (2, 3, 1, 1), (4, 3, 4, 6), stride=(3, 5), padding=(5, 7)),
 ]
 
 # Large enough for full tiles, several blocks and split contractions, also where kernels are emulated.
@@ -76,7 +78,6 @@ MEDIUM_CASES = [
     Case("medium groups", (2, 48, 9, 10), (96, 6, 3, 3), padding=(1, 1), groups=8),
     Case("medium dilated", (1, 33, 14, 15), (34, 33, 3, 3), padding=(4, 3), dilation=(4, 3)),
     Case("large batch", (37, 5, 6, 7), (6, 5, 3, 2), padding=(1, 0)),
-    Case("filters that fill shared memory", (1, 256, 3, 5), (4, 256, 1, 1)),
     Case("patches that fill shared memory", (1, 1, 45, 90), (4, 1, 2, 2), dilation=(35, 1)),
     Case("patches of several channels that fill it", (1, 7, 67, 70), (3, 7, 3, 5), padding=(1, 2)),
     # So many taps that they come in parts, also where there is room for only 30 at a time.

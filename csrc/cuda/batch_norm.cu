@@ -110,6 +110,7 @@ __global__ void __launch_bounds__(block_threads, least_blocks<channels>)
   if constexpr (squares_overflow<T>) {  // or x has infinities or NaNs, and so will the statistics
 #pragma unroll 1
     for (int k = 0; k < channels; ++k) {
+      // redundant: with several channels a thread, reduce_block first writes elsewhere than where it last read
       __syncthreads();
       Moments<double> exact[1];
       for (ChannelTile<width, channels> items = tile; items.left > 0; items.advance())

@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(direct_threads, sizeof(T) == 8 ? 1 : 2)
                      i0 * tile.h.step + taps_h.first + (r0 + back_h) * tile.h.delta,
                      j0 * tile.w.step + taps_w.first + (s0 + back_w) * tile.w.delta);
           const int total = tile.filters * tile.channels * tile.h.chunk * tile.w.chunk;
-          for (int i = threadIdx.x; i < total; i += direct_threads) {
+          for (int i = threadIdx.x; i < total; i += direct_threads) {  // redundant: the next element is padding
             int s = i;
             int r = g.chunk_w.split(s);
             int c = g.chunk_h.split(r);

@@ -23,7 +23,6 @@ from conftest import emulated_library_path
 
 FAILED, BROKEN = 42, 43  # exit statuses of a try: a test failed; this plugin did
 MUTANTS = 1 << 16
-FURTHER_SECONDS = 5  # without sanitizer: of the tests that are tried with one, or in any order but the first
 
 
 def pytest_addoption(parser):
@@ -32,6 +31,7 @@ def pytest_addoption(parser):
     parser.addoption("--tests", help="a JSON file, written if it is not there: what the tests are without a mutant")
     parser.addoption("--results", help="a file to append a line of JSON for each mutant to")
     parser.addoption("--time-factor", type=float, help="of what a test takes without a mutant: the longest it may take")
+    parser.addoption("--seconds", type=float, help="of the tests that a mutant is tried with, without it and sanitizer")
     parser.addoption("--workers", type=int, help="mutants that are tried at the same time")
 
 
@@ -113,10 +113,9 @@ class Tries:
         names.sort(key=lambda name: self.seconds[name] / (1 + self.kills.get(name, 0)))
         sanitizer = self.option.fastconv_sanitizer
         count = len(names)
-        for i, order in enumerate(self.option.orders.split(",")):
-            if sanitizer or i > 0:
-                total = itertools.accumulate(self.seconds[name] for name in names)
-                names = [name for name, seconds in zip(names, total, strict=True) if seconds < FURTHER_SECONDS]
+        total = itertools.accumulate(self.seconds[name] for name in names)
+        names = [name for name, seconds in zip(names, total, strict=True) if seconds < self.option.seconds]
+        for order in self.option.orders.split(","):
             while killed := self.killer(number, names, order):
                 name, how = killed
                 if (name, order) not in self.passes:
