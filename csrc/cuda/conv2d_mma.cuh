@@ -41,7 +41,7 @@ __global__ void __launch_bounds__((MmaWarps<tile_m, tile_n>::threads), (mma_bloc
 
   // Neighbouring blocks share the larger operand: the index with fewer tiles runs fastest.
   int block = blockIdx.x;
-  const bool m_first = g.tiles_m <= g.tiles_n;
+  const bool m_first = g.tiles_m <= g.tiles_n;  // redundant: any order of the blocks gives the same result
   const int fast_tiles = m_first ? g.tiles_m : g.tiles_n, slow_tiles = m_first ? g.tiles_n : g.tiles_m;
   const int fast = block % fast_tiles, slow = block / fast_tiles % slow_tiles;
   block /= fast_tiles * slow_tiles;
@@ -55,7 +55,7 @@ __global__ void __launch_bounds__((MmaWarps<tile_m, tile_n>::threads), (mma_bloc
     phase_h = phase_axis(phase / g.phases_w, g.H, g.stride_h, g.pad_h, g.dilation_h, g.R, g.tap_step_h);
     phase_w = phase_axis(phase % g.phases_w, g.W, g.stride_w, g.pad_w, g.dilation_w, g.S, g.tap_step_w);
     windows.h.first = phase_h.first, windows.w.first = phase_w.first;
-    if (g.phases > 1) {
+    if (g.stride_h > 1 || g.stride_w > 1) {  // redundant: without strides the host has found the same numbers
       windows.image = Divisor(phase_h.outputs * phase_w.outputs);
       windows.row = Divisor(phase_w.outputs);
       windows.filter_row = Divisor(max(phase_w.taps, 1));
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__((MmaWarps<tile_m, tile_n>::threads), (mma_bloc
       k_all = phase_h.taps * phase_w.taps * int(windows.channels.d);
     }
   }
-  if (m0 >= m_end) return;
+  if (m0 >= m_end) return;  // redundant: nothing would be stored, only time lost
   const int k_begin = split * g.k_per_split, k_end = min(k_all, k_begin + g.k_per_split);
   const T* data = static_cast<const T*>(windows.data) + int64_t(group) * windows.channels.d;
   const T* other = static_cast<const T*>(g.other) + group * g.other_group;
@@ -87,7 +87,7 @@ __global__ void __launch_bounds__((MmaWarps<tile_m, tile_n>::threads), (mma_bloc
   };
   const auto load_step = [&](int step) {
     const int k = k_begin + step * depth, stage = step % mma_stages;
-    if (k < k_end) {
+    if (k < k_end) {  // redundant: past the end, zeros that nobody multiplies
       constexpr int threads = Warps::threads;
       A::template load<threads>(shared.a[stage], m0, m_end, k, k_end, g.piece_a, wgrad ? g.other : windows.data, at_a);
       B::template load<threads>(shared.b[stage], n0, g.n, k, k_end, g.piece_b, wgrad ? windows.data : g.other, at_b);
@@ -100,7 +100,7 @@ __global__ void __launch_bounds__((MmaWarps<tile_m, tile_n>::threads), (mma_bloc
   Acc row_sums[1][4] = {};  // of one fragment: each of a row's warps adds up another
   static_assert(!wgrad || rows <= Warps::along_n, "a row's warps are too few for its fragments");
   const int summed = wgrad && (g.db || g.row_sums) && n0 == 0 ? warp / Warps::along_m : rows;
-  const int steps = k_begin < k_end ? (k_end - k_begin + depth - 1) / depth : 0;
+  const int steps = (k_end - k_begin + depth - 1) / depth;  // 0 or less where a split is empty
 #pragma unroll
   for (int step = 0; step < mma_stages - 1; ++step) load_step(step);
 #pragma unroll 1
@@ -128,7 +128,6 @@ __global__ void __launch_bounds__((MmaWarps<tile_m, tile_n>::threads), (mma_bloc
       }
     }
   }
-  ptx::cp_async_wait<0>();
 
   // Results (g, 2t), (g, 2t + 1) and (g + 8, …) of each fragment.
 #pragma unroll
