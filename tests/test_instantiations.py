@@ -45,15 +45,7 @@ def instantiations(symbols, kernels):
     """[(index of the symbol, name)] of the symbols that are instantiations of these kernels."""
     found = []
     for index, symbol in enumerate(output_of("c++filt", text="\n".join(symbols))):
-        for scope in (
-            "void ",
-            "(anonymous namespace)::",
-            "fastconv::cuda::",
-            "fastconv::",
-            "(Window)",
-            "(Direction)",
-            "(Act)",
-        ):
+        for scope in SCOPES:
             symbol = symbol.replace(scope, "")
         match = re.fullmatch(r"((\w+)(?:<.*?>)?)\(.*\)", symbol)
         if match and match[2] in kernels and "lambda" not in symbol:
@@ -70,7 +62,7 @@ def emulated_instantiations(library):
 
 
 def check_conv2d(backend, dtype, layout):
-    all_at_once, depthwise, depthwise_3x3 = test_conv2d.CASES[5], test_conv2d.CASES[12], test_conv2d.CASES[25:]
+    all_at_once, depthwise = test_conv2d.CASES[5], [c for c in test_conv2d.CASES if c.name.startswith("depthwise")]
     many_filters = test_conv2d.MEDIUM_CASES[1]
     for algo in ("direct_naive", "direct", "im2col"):
         test_conv2d.check(backend, all_at_once, dtype, layout, algo)
@@ -80,7 +72,7 @@ def check_conv2d(backend, dtype, layout):
         for case in (test_conv2d_implicit_gemm.TILE_CASES[0], test_conv2d_implicit_gemm.TILE_CASES[2]):  # both tiles
             test_conv2d.check(backend, case, dtype, layout, "implicit_gemm")
     test_conv2d.check(backend, many_filters, dtype, layout, "im2col")
-    for case in (depthwise, *depthwise_3x3):
+    for case in depthwise:
         test_conv2d.check(backend, case, dtype, layout, "depthwise")
 
 
