@@ -15,8 +15,8 @@ namespace fastconv {
 enum class Direction : uint8_t { fprop, dgrad, wgrad };
 
 // The rungs of the ladder, from the first slide to the fast ones.
-enum class Algo : uint8_t { direct_naive, direct, im2col, depthwise, mma };
-constexpr int num_algos = 5;
+enum class Algo : uint8_t { direct_naive, direct, im2col, depthwise, mma, winograd };
+constexpr int num_algos = 6;
 
 // Where it will run. A CPU plan does not depend on the number of threads, nor on the instruction set.
 struct Target {

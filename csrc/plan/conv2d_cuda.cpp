@@ -206,6 +206,7 @@ Conv2dPlan plan_conv2d_cuda(const Conv2dProblem& problem, Direction direction, c
     case Algo::im2col: plan_im2col(p, target, &plan); break;
     case Algo::depthwise: plan_depthwise(p, target, &plan); break;
     case Algo::mma: plan_mma(p, target, &plan); break;
+    case Algo::winograd: break;  // has no CUDA kernel, so parse_algo refuses it
   }
   return plan;
 }

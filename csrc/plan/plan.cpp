@@ -13,7 +13,7 @@ Conv2dPlan plan_conv2d(const Conv2dProblem& problem, Direction direction, const 
 
 std::vector<Algo> algorithms(bool cuda) {
   if (cuda) return {Algo::direct_naive, Algo::direct, Algo::im2col, Algo::depthwise, Algo::mma};
-  return {Algo::direct, Algo::im2col, Algo::depthwise};
+  return {Algo::direct, Algo::im2col, Algo::depthwise, Algo::winograd};
 }
 
 const char* name(Algo algo) {
@@ -23,6 +23,7 @@ const char* name(Algo algo) {
     case Algo::im2col: return "im2col";
     case Algo::depthwise: return "depthwise";
     case Algo::mma: return "mma";
+    case Algo::winograd: return "winograd";
   }
   return "";
 }
