@@ -162,7 +162,7 @@ def test_the_plan_says_what_it_saves_and_takes():
     assert "winograd" in fastconv.algorithms() and "winograd" not in fastconv.algorithms("cuda")
 
 
-@pytest.mark.parametrize("x", [(0, 3, 8, 9), (0, 3, 0, 9), (2, 0, 8, 9), (2, 3, 0, 0)])
+@pytest.mark.parametrize("x", [(0, 3, 8, 9), (0, 3, 0, 9), (2, 0, 8, 9)])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_problems_without_elements(cpu, x, layout):
     for direction in ("fprop", "dgrad", "wgrad"):
