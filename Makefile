@@ -23,7 +23,7 @@ ENVIRONMENT := .venv/ready
 endif
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: bench test test-emulated build lint format cuda-check gpu-check mutate check-machine check-environment clean
+.PHONY: bench test test-emulated build lint format cuda-check kernel-table gpu-check mutate check-machine check-environment clean
 
 bench: build
 	$(PYTHON) benchmarks/run.py --quick
@@ -73,6 +73,12 @@ cuda-check: build
 	$(PYTHON) -m pip install --quiet $(DISASSEMBLERS)
 	$(PYTHON) tests/check_ptxas.py
 	$(PYTHON) tests/check_sass.py
+
+# What every kernel is made of: registers, shared memory, occupancy, instructions.
+kernel-table: build
+	$(PYTHON) -m pip install --quiet $(DISASSEMBLERS)
+	$(PYTHON) setup.py --quiet build_ext --inplace --emulated
+	$(PYTHON) tests/kernel_table.py
 
 gpu-check:
 	$(PYTHON) tests/gpu_check.py

@@ -223,6 +223,12 @@ def time_in_turn(calls, milliseconds, seconds, rounds):
     return {name: Timing.of(values) for name, values in samples.items()}
 
 
+def steps(layer, device, dtype, layout):
+    """{library: a call of forward and backward}, on the same tensors."""
+    tensors = Tensors.random(layer, device, dtype).to(layout=layout.upper())
+    return {name: lambda ops=ops: tensors.backward(tensors.forward(layer, ops)) for name, ops in LIBRARIES.items()}
+
+
 def least_ms(layer, direction, batch, element, limits):
     """A roofline: the least time for the layer's multiply-adds and for its bytes, at the machine's own limits."""
     compute = layer.flops(direction, batch) / (limits["matmul_gflop_s"] * 1e6)

@@ -15,8 +15,10 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 import machine  # noqa: E402
 import torch  # noqa: E402
 from measure import LIBRARIES, time_in_turn  # noqa: E402
-from rich.table import Table  # noqa: E402
+from report import console, plain_table  # noqa: E402
 
+TITLE = "overhead: a call at 1×1×8×8"
+HEADER = ("", "fastconv µs", "torch µs", "fastconv / torch")
 CALLS = 200  # a reading of the clock
 CASES = ("no gradient", "forward", "forward and backward")
 
@@ -58,20 +60,17 @@ def measure_overhead(device, seconds=3.0):
     return rows
 
 
-def overhead_table(rows):
-    table = Table("a call at 1×1×8×8", "fastconv µs", "torch µs", "fastconv / torch", title="overhead")
-    for row in rows:
-        table.add_row(row["case"], f"{row['fastconv_us']:.1f}", f"{row['torch_us']:.1f}", f"{row['ratio']:.2f}×")
-    return table
+def lines(rows):
+    return [
+        [row["case"], f"{row['fastconv_us']:.1f}", f"{row['torch_us']:.1f}", f"{row['ratio']:.2f}×"] for row in rows
+    ]
 
 
 def main():
-    from report import console
-
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     device = machine.choose_device(parser.parse_args().device)
-    console().print(overhead_table(measure_overhead(device)))
+    console().print(plain_table(TITLE, HEADER, lines(measure_overhead(device))))
 
 
 if __name__ == "__main__":

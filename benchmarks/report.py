@@ -149,6 +149,16 @@ def summary_table(summary):
     return table
 
 
+def plain_table(title, header, lines):
+    """A table for the terminal: text at the left, the other columns at the right."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for i, name in enumerate(header):
+        table.add_column(name, justify="right" if i else "left")
+    for cells in lines:
+        table.add_row(*cells)
+    return table
+
+
 def as_dicts(rows):
     """Rows as JSON has them: fields, and whether each is right."""
     return [asdict(row) | {"ok": row.ok} for row in rows]
@@ -173,6 +183,21 @@ def markdown_summary(result):
         [group, *(times(means[key]) for key in MEANS), worst_row(means)] for group, means in result["summary"].items()
     ]
     return f"{caption(result)}\n\n{markdown_table(['group', *map(abbreviate, MEANS), 'worst row'], lines)}"
+
+
+def markdown_short(results):
+    """Results files, a line each: the machine, and the geometric mean over each group."""
+    lines = [
+        [f"{machine_name(result)}, {result['settings']['dtype']}"]
+        + [times(result["summary"].get(group, {}).get("all")) for group in GROUPS]
+        for result in results
+    ]
+    return markdown_table(["", *GROUPS], lines)
+
+
+def machine_name(result):
+    """The machine without the versions: "AMD EPYC, 2 threads"."""
+    return result["title"].split(" · ")[0]
 
 
 def markdown_rows(result):

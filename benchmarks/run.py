@@ -1,134 +1,36 @@
-"""Measures fastconv against torch (cuDNN or oneDNN) over the layers of benchmarks/layers.py.
+"""Measures fastconv against torch (cuDNN or oneDNN).
 
-    python benchmarks/run.py                     # the device at hand, float32, both layouts
-    python benchmarks/run.py --quick             # a selection of layers, three minutes at most
-    python benchmarks/run.py --filter resnet --dtype bfloat16 --layout nhwc
+    python benchmarks/run.py [layers] [--quick]       # the layers of benchmarks/layers.py; the default
+    python benchmarks/run.py models [--quick]         # whole networks, those of benchmarks/networks
+    python benchmarks/run.py compare A.json B.json    # what became slower from one result to the other
 
-Every result is checked before it is timed; if one is wrong, its row says so and the exit code is 1.
+`python benchmarks/run.py models --help` shows a command's options. Every result is checked before it is timed.
 docs/performance.md says how things are measured.
 """
 
-import argparse
-import datetime
+import importlib
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))  # an installed fastconv comes first, the one built in place next
 
-try:
-    import matplotlib  # noqa: F401
-    import rich  # noqa: F401
-except ImportError as error:
-    sys.exit(f"the benchmark needs {error.name}: pip install rich matplotlib")
-
-import layers  # noqa: E402
-import machine  # noqa: E402
-import torch  # noqa: E402
-from chart import draw  # noqa: E402
-from measure import measure, timer  # noqa: E402
-from overhead import measure_overhead, overhead_table  # noqa: E402
-from report import as_dicts, console, group_table, headline, summarize, summary_table, write_json  # noqa: E402
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn  # noqa: E402
-
-SECONDS, ROUNDS = 1.5, (7, 200)  # for each direction of a layer in a layout
-QUICK_SECONDS, QUICK_ROUNDS = 0.6, (3, 100)
-
-
-def parse(arguments):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: the GPU, if any")
-    parser.add_argument("--dtype", choices=machine.DTYPES, default="float32", help="default: float32")
-    parser.add_argument("--layout", choices=("nchw", "nhwc", "both"), default="both", help="default: both")
-    parser.add_argument("--filter", metavar="TEXT", default="", help="only layers whose name or group contains it")
-    parser.add_argument("--quick", action="store_true", help=f"only {len(layers.QUICK)} layers, fewer repetitions")
-    parser.add_argument("--out", metavar="DIR", type=Path, default=ROOT / "benchmarks" / "out",
-                        help="folder for the JSON and the chart; default: benchmarks/out")  # fmt: skip
-    options = parser.parse_args(arguments)
-    options.layers = layers.select(options.filter, options.quick)
-    if not options.layers:
-        names = ", ".join(layer.name for layer in layers.select(quick=options.quick))
-        parser.error(f"no layer's name or group contains {options.filter!r}. There are {names}")
-    if options.dtype == "tf32" and options.device == "cpu":
-        parser.error("tf32 is for GPUs")
-    return options
+COMMANDS = {"layers": "run_layers", "models": "run_models", "compare": "compare"}  # and the module whose main() it is
 
 
 def main(arguments=None):
-    """Runs the benchmark. Returns the exit code: 1 if a result was wrong or could not be computed."""
-    options = parse(arguments)
-    device = machine.choose_device(options.device)
-    if options.dtype == "tf32" and device == "cpu":
-        sys.exit("--dtype tf32 is for GPUs")
-    machine.set_precision(options.dtype)
-    torch.backends.cudnn.benchmark = True
-
-    out = console()
-    described = machine.describe(device)
-    out.print(machine.title(described))
-    limits = machine.limits(device, options.dtype)
-    quick = ", quick" * options.quick
-    out.print(
-        f"{options.dtype}, {len(options.layers)} of the {len(layers.LAYERS)} layers{quick}; limits measured here: "
-        f"copy {limits['copy_gb_s']:.1f} GB/s, matmul {limits['matmul_gflop_s']:.0f} GFLOP/s\n"
-        f"ratio: torch's time / fastconv's, above 1 fastconv is faster; medians (and interquartile ranges)"
-    )
-    rows = run(options, device, limits, out)
-    overhead = measure_overhead(device, QUICK_SECONDS if options.quick else SECONDS)
-    out.print()
-    out.print(overhead_table(overhead))
-
-    summary = summarize(rows)
-    result = {
-        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "title": machine.title(described),
-        "machine": described,
-        "settings": {"device": device, "dtype": options.dtype, "layout": options.layout, "quick": options.quick,
-                     "filter": options.filter},
-        "limits": limits,
-        "summary": summary,
-        "rows": rows,
-        "overhead": overhead,
-    }  # fmt: skip
-    options.out.mkdir(parents=True, exist_ok=True)
-    files = [options.out / f"{device}-{options.dtype}{suffix}" for suffix in (".json", ".png")]
-    write_json(files[0], result)
-    draw(result, files[1])
-    if summary:
-        out.print()
-        out.print(summary_table(summary))
-        group, mean = headline(summary)
-        out.print(f"\nlowest group: {group} at {mean:.2f}× of torch's speed", style="bold")
-    out.print(f"written: {files[0]}, {files[1].name}", soft_wrap=True)
-    wrong = [row for row in rows if not row["ok"]]
-    if wrong:
-        out.print(f"{len(wrong)} of {len(rows)} rows are WRONG or failed", style="bold red")
-    return 1 if wrong else 0
-
-
-def run(options, device, limits, out):
-    """Measures the layers group by group and prints a table for each. Returns the rows as dictionaries."""
-    seconds, rounds = (QUICK_SECONDS, QUICK_ROUNDS) if options.quick else (SECONDS, ROUNDS)
-    milliseconds = timer(device)
-    rows = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=out, transient=True, disable=not out.is_terminal) as progress:
-        cases = [(layer, layout) for layer in options.layers for layout in layers.layouts(layer, options.layout)]
-        task = progress.add_task("", total=len(cases))
-        for group in layers.GROUPS:
-            found = []
-            for layer, layout in cases:
-                if layer.group == group:
-                    progress.update(task, description=f"{layer.name} {layout}")
-                    found += as_dicts(
-                        measure(layer, layout, options.dtype, device, limits, milliseconds, seconds, rounds)
-                    )
-                    progress.advance(task)
-            if found:
-                out.print()
-                out.print(group_table(group, found))
-            rows += found
-    return rows
+    """Runs a command, `layers` if none is named. Returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(__doc__)
+    named = arguments and arguments[0] in COMMANDS
+    command, rest = (arguments[0], arguments[1:]) if named else ("layers", arguments)
+    try:
+        import matplotlib  # noqa: F401
+        import rich  # noqa: F401
+    except ImportError as error:
+        sys.exit(f"the benchmark needs {error.name}: pip install rich matplotlib")
+    return importlib.import_module(COMMANDS[command]).main(rest)
 
 
 if __name__ == "__main__":

@@ -62,6 +62,10 @@ PYBIND11_MODULE(_introspect, m) {
       .def_property_readonly("split", [](const Explained& e) { return e.plan.split; })
       .def_property_readonly("workspace_bytes", [](const Explained& e) { return e.plan.workspace_bytes; })
       .def_property_readonly("scratch_bytes", [](const Explained& e) { return e.plan.scratch_bytes; })
+      .def_property_readonly("predicted_us",
+                             [](const Explained& e) {
+                               return e.plan.predicted_us > 0 ? std::optional(e.plan.predicted_us) : std::nullopt;
+                             })
       .def_property_readonly("output_size",
                              [](const Explained& e) {
                                const Conv2dProblem& p = e.problem;

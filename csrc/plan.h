@@ -15,8 +15,19 @@ namespace fastconv {
 enum class Direction : uint8_t { fprop, dgrad, wgrad };
 
 // The rungs of the ladder, from the first slide to the fast ones.
-enum class Algo : uint8_t { direct_naive, direct, im2col, depthwise, mma, winograd };
-constexpr int num_algos = 6;
+enum class Algo : uint8_t {
+  direct_naive,
+  direct,
+  im2col,
+  implicit_gemm_tile,
+  implicit_gemm_registers,
+  implicit_gemm_vectors,
+  implicit_gemm,
+  depthwise,
+  mma,
+  winograd
+};
+constexpr int num_algos = 10;
 
 // Where it will run. A CPU plan does not depend on the number of threads, nor on the instruction set.
 struct Target {
@@ -41,6 +52,7 @@ struct Conv2dPlan {
   int split = 1;                           // pieces of the contraction, each summed apart, then added in order
   int64_t workspace_bytes = 0;             // one buffer for the whole call
   int64_t scratch_bytes = 0;               // CPU: one more buffer for each thread
+  double predicted_us = 0;                 // of the whole call, on an H200; 0 where there is no model of its time
 };
 
 struct MaxPool2dPlan {

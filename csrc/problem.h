@@ -28,7 +28,8 @@ struct Conv2dProblem {
   int64_t groups;
   DType dtype;
   Layout layout;
-  bool allow_tf32;  // CUDA float32 only
+  bool allow_tf32;    // CUDA float32 only
+  bool relu = false;  // fprop: y = max(x ∗ w + bias, 0), where NaN stays NaN
 
   int64_t channels_per_group() const { return C / groups; }
   int64_t filters_per_group() const { return K / groups; }
@@ -83,7 +84,8 @@ struct AvgPool2dProblem {
 struct BatchNormProblem {
   int64_t N, C, L;
   DType dtype;
-  Layout layout;  // NCHW: x[n][c][l]; NHWC: x[n][l][c]
+  Layout layout;      // NCHW: x[n][c][l]; NHWC: x[n][l][c]
+  bool relu = false;  // y = max(x̂·weight + bias + residual, 0), where NaN stays NaN
 
   int64_t x_elements() const { return N * C * L; }
   int64_t count() const { return N * L; }  // values a channel

@@ -5,15 +5,19 @@ model = fastconv.convert(model)                         # swap a model's layers 
 print(fastconv.plan(x, w, padding=1))                   # which kernel, and why
 """
 
-from . import _fake, _flops, _vmap, transforms  # noqa: F401  (register fake kernels, FLOPs, vmap rules, jvps)
+from . import _fake, _flops, _vmap, activated, transforms  # noqa: F401  (register fake kernels, FLOPs, vmap rules, jvps)
+from .costs import cost, summary
 from .functional import adaptive_avg_pool2d, avg_pool2d, batch_norm, conv1d, conv2d, max_pool2d
+from .fusion import fuse, fusions, unfuse
 from .modules import (
     AdaptiveAvgPool2d,
     AvgPool2d,
     BatchNorm1d,
     BatchNorm2d,
+    BatchNormAct2d,
     Conv1d,
     Conv2d,
+    ConvAct2d,
     LazyBatchNorm1d,
     LazyBatchNorm2d,
     LazyConv1d,
@@ -31,8 +35,10 @@ __all__ = [
     "AvgPool2d",
     "BatchNorm1d",
     "BatchNorm2d",
+    "BatchNormAct2d",
     "Conv1d",
     "Conv2d",
+    "ConvAct2d",
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyConv1d",
@@ -48,8 +54,13 @@ __all__ = [
     "conv2d",
     "convert",
     "convert_sync_batchnorm",
+    "cost",
     "coverage",
+    "fuse",
+    "fusions",
     "max_pool2d",
     "plan",
     "revert",
+    "summary",
+    "unfuse",
 ]

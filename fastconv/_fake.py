@@ -93,6 +93,24 @@ def batch_norm_backward(dy, x, weight, mean, invstd, training, channels_last):
     return _empty(x, x.shape, channels_last), torch.empty_like(mean), torch.empty_like(mean)
 
 
+def batch_norm_act_train(x, weight, bias, running_mean, running_var, residual, momentum, eps, channels_last):
+    _check_devices(x, weight, bias, running_mean, running_var, residual)
+    mean = x.new_empty(x.shape[1], dtype=_statistics_dtype(x))
+    affine = mean.new_empty((2 if residual is None else 0, x.shape[1]))
+    return _empty(x, x.shape, channels_last), mean, torch.empty_like(mean), affine
+
+
+def batch_norm_act_eval(x, weight, bias, running_mean, running_var, residual, eps, channels_last):
+    _check_devices(x, weight, bias, running_mean, running_var, residual)
+    return _empty(x, x.shape, channels_last)
+
+
+def batch_norm_act_backward(dy, x, weight, mean, invstd, affine, y, training, channels_last):
+    _check_devices(x, dy, weight, mean, invstd, affine, y)
+    dz = _empty(x, x.shape, channels_last) if y is not None else x.new_empty(0)
+    return _empty(x, x.shape, channels_last), torch.empty_like(mean), torch.empty_like(mean), dz
+
+
 def batch_norm_moments(x, channels_last):
     return x.new_empty((3, x.shape[1]), dtype=torch.float64)
 

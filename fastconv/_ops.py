@@ -22,18 +22,21 @@ OPS = (
     "batch_norm_train",
     "batch_norm_eval",
     "batch_norm_backward",
+    "batch_norm_act_train",
+    "batch_norm_act_eval",
+    "batch_norm_act_backward",
     "batch_norm_moments",
     "batch_norm_backward_sums",
     "batch_norm_backward_apply",
 )
 LIBRARY = Path(__file__).with_name("libfastconv.so")
 # stride, padding, dilation, groups, channels_last, allow_tf32, algo: the schema's defaults, as functions and as layers
-# pass them.
+# pass them. (Of a ReLU behind them fprop alone has an argument more.)
 CONV_DEFAULTS = ((1, 0, 1, 1, False, False, None), ((1, 1), (0, 0), (1, 1), 1, False, False, None))
 
 
 def _below_autograd(op):
-    is_conv = op._schema.arguments[-1].name == "algo"
+    is_conv = any(argument.name == "algo" for argument in op._schema.arguments)
 
     def call(*args):
         if is_compiling():

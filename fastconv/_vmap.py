@@ -19,15 +19,17 @@ def _complete(config):
 
 
 def _conv2d_fprop(info, in_dims, x, w, bias, *config):
-    batch, config = info.batch_size, _complete(config)
+    relu = config[7:] == (True,)
+    batch, config = info.batch_size, _complete(config[:7])
     x_dim, w_dim, bias_dim = in_dims[:3]
     groups = config[3]
     shared_bias = bias if bias_dim is None else None
     if x_dim is None and w_dim is None:  # only the bias is mapped
         y = _ops.conv2d_fprop(x, w, None, *config).unsqueeze(0)
     elif w_dim is None:  # N' = B·N
-        y = _ops.conv2d_fprop(_into(x, 0, x_dim, batch), w, shared_bias, *config).unflatten(0, (batch, -1))
-        shared_bias = None
+        fused = (True,) if relu and bias_dim is None else ()
+        y = _ops.conv2d_fprop(_into(x, 0, x_dim, batch), w, shared_bias, *config, *fused).unflatten(0, (batch, -1))
+        relu, shared_bias = relu and not fused, None
     else:
         if x_dim is not None or groups != 1:  # groups' = B·groups; otherwise K' = B·K
             x = _into(x, 1, x_dim, batch)
@@ -37,7 +39,7 @@ def _conv2d_fprop(info, in_dims, x, w, bias, *config):
         y = y + bias.movedim(bias_dim, 0)[:, None, :, None, None]
     elif shared_bias is not None:
         y = y + shared_bias[:, None, None]
-    return y, 0
+    return y.relu() if relu else y, 0
 
 
 def _conv2d_dgrad(info, in_dims, dy, w, x_size, *config):
@@ -104,13 +106,17 @@ def _avg_pool2d_backward(info, in_dims, dy, x_size, *window):
     return _into_batch(info, in_dims, (dy,), lambda dy: _ops.avg_pool2d_backward(dy, size, *window))
 
 
-def _batch_norm_train(info, in_dims, x, weight, bias, running_mean, running_var, *rest):
-    batch = info.batch_size
+def _check_running(running_mean, in_dims):
     if running_mean is not None and None in in_dims[3:5]:
         raise RuntimeError(
             "batch_norm cannot update running statistics that are not mapped from a batch that is: pass None, or use "
             "torch.func.functional_call with stacked buffers"
         )
+
+
+def _batch_norm_train(info, in_dims, x, weight, bias, running_mean, running_var, *rest):
+    batch = info.batch_size
+    _check_running(running_mean, in_dims)
     x = _into(x, 1, in_dims[0], batch)
     weight, bias = _into(weight, 0, in_dims[1], batch), _into(bias, 0, in_dims[2], batch)
     means, variances = _into(running_mean, 0, in_dims[3], batch), _into(running_var, 0, in_dims[4], batch)
@@ -134,6 +140,38 @@ def _batch_norm_backward(info, in_dims, dy, x, weight, mean, invstd, *rest):
     channels = [_into(t, 0, d, batch) for t, d in zip((weight, mean, invstd), in_dims[2:], strict=False)]
     dx, dweight, dbias = _ops.batch_norm_backward(dy, x, *channels, *rest)
     return (dx.unflatten(1, (batch, -1)), dweight.view(batch, -1), dbias.view(batch, -1)), (1, 0, 0)
+
+
+def _batch_norm_act_train(info, in_dims, x, weight, bias, running_mean, running_var, residual, *rest):
+    batch = info.batch_size
+    _check_running(running_mean, in_dims)
+    x, residual = _into(x, 1, in_dims[0], batch), _into(residual, 1, in_dims[5], batch)
+    channels = (weight, bias, running_mean, running_var)
+    weight, bias, means, variances = (_into(t, 0, d, batch) for t, d in zip(channels, in_dims[1:5], strict=True))
+    y, mean, invstd, affine = _ops.batch_norm_act_train(x, weight, bias, means, variances, residual, *rest)
+    if running_mean is not None:
+        running_mean.movedim(in_dims[3], 0).copy_(means.view(batch, -1))
+        running_var.movedim(in_dims[4], 0).copy_(variances.view(batch, -1))
+    results = y.unflatten(1, (batch, -1)), mean.view(batch, -1), invstd.view(batch, -1)
+    return (*results, affine.unflatten(1, (batch, -1))), (1, 0, 0, 1)
+
+
+def _batch_norm_act_eval(info, in_dims, x, weight, bias, running_mean, running_var, residual, *rest):
+    batch = info.batch_size
+    channels = (weight, bias, running_mean, running_var)
+    channels = [_into(t, 0, d, batch) for t, d in zip(channels, in_dims[1:5], strict=True)]
+    x, residual = _into(x, 1, in_dims[0], batch), _into(residual, 1, in_dims[5], batch)
+    return _ops.batch_norm_act_eval(x, *channels, residual, *rest).unflatten(1, (batch, -1)), 1
+
+
+def _batch_norm_act_backward(info, in_dims, dy, x, weight, mean, invstd, affine, y, *rest):
+    batch = info.batch_size
+    dy, x, y = (_into(t, 1, d, batch) for t, d in zip((dy, x, y), (*in_dims[:2], in_dims[6]), strict=True))
+    channels = [_into(t, 0, d, batch) for t, d in zip((weight, mean, invstd), in_dims[2:5], strict=True)]
+    affine = _into(affine, 1, in_dims[5], batch)
+    dx, dweight, dbias, dz = _ops.batch_norm_act_backward(dy, x, *channels, affine, y, *rest)
+    dz = dz.unflatten(1, (batch, -1)) if y is not None else dz.new_empty(0, batch)
+    return (dx.unflatten(1, (batch, -1)), dweight.view(batch, -1), dbias.view(batch, -1), dz), (1, 0, 0, 1)
 
 
 def _batch_norm_moments(info, in_dims, x, channels_last):

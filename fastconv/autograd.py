@@ -45,16 +45,20 @@ class Conv2d(Function):
 
     @staticmethod
     def backward(ctx, dy):
-        x, w = ctx.saved_tensors
-        needs_x_grad, needs_w_grad, needs_bias_grad = ctx.needs_input_grad[:3]
-        dx = dw = dbias = None
-        if needs_x_grad:
-            dx = conv2d_dgrad(dy, w, ctx.x_size, *ctx.config)
-        if needs_w_grad:
-            dw, dbias = conv2d_wgrad(dy, x, ctx.w_size, needs_bias_grad, *ctx.config)
-        elif needs_bias_grad:  # a trained bias on a frozen weight
-            dbias = dy.sum((0, 2, 3))
-        return dx, dw, dbias if needs_bias_grad else None, *(None for _ in ctx.config)
+        return conv2d_gradients(ctx, dy, *ctx.saved_tensors)
+
+
+def conv2d_gradients(ctx, dy, x, w):
+    """What backward returns of a convolution with this ctx; dy is the gradient of x ∗ w + bias."""
+    needs_x_grad, needs_w_grad, needs_bias_grad = ctx.needs_input_grad[:3]
+    dx = dw = dbias = None
+    if needs_x_grad:
+        dx = conv2d_dgrad(dy, w, ctx.x_size, *ctx.config)
+    if needs_w_grad:
+        dw, dbias = conv2d_wgrad(dy, x, ctx.w_size, needs_bias_grad, *ctx.config)
+    elif needs_bias_grad:  # a trained bias on a frozen weight
+        dbias = dy.sum((0, 2, 3))
+    return dx, dw, dbias if needs_bias_grad else None, *(None for _ in ctx.config)
 
 
 class Conv2dDgrad(Function):
@@ -312,13 +316,17 @@ def register(namespace):
 
     def conv2d_setup(ctx, inputs, output):
         x, w, bias, *config = inputs
-        save(ctx, (x, w), None, config)
+        relu = config[7:] == [True]
+        save(ctx, (x, w, output if relu else None), None, config[:7])
+        ctx.others = len(config)
 
     def conv2d_grad(ctx, dy):
-        x, w = ctx.saved_tensors
+        x, w, y = ctx.saved_tensors
+        if y is not None:
+            dy = torch.ops.aten.threshold_backward(dy, y.detach(), 0)
         dx = conv2d_dgrad(dy, w, x.shape, *ctx.config)
         dw, db = conv2d_wgrad(dy, x, w.shape, ctx.needs_input_grad[2], *ctx.config)
-        return dx, dw, db if ctx.needs_input_grad[2] else None, *(None for _ in ctx.config)
+        return dx, dw, db if ctx.needs_input_grad[2] else None, *(None for _ in range(ctx.others))
 
     def max_pool2d_setup(ctx, inputs, output):
         x, *window, return_offsets = inputs
@@ -362,24 +370,31 @@ def register(namespace):
         "max_pool2d_gather",
         "avg_pool2d_backward",
         "batch_norm_backward",
+        "batch_norm_act_backward",
         "batch_norm_moments",
         "batch_norm_backward_sums",
         "batch_norm_backward_apply",
     ):
         torch.library.register_autograd(f"{namespace}::{name}", unsupported(name))
 
-    # register_autograd takes no op that writes to its inputs, so this one gets a kernel that raises.
-    def batch_norm_train_autograd(x, weight, bias, *rest):
-        needs_grad = (
-            torch.is_grad_enabled() and not torch.compiler.is_exporting()
-        )  # an exported program checks when run
-        if needs_grad and any(t is not None and t.requires_grad for t in (x, weight, bias)):
-            raise NotImplementedError(f"{namespace}::batch_norm_train: fastconv.batch_norm is the differentiable one")
-        with torch._C._AutoDispatchBelowAutograd():
-            return getattr(torch.ops, namespace).batch_norm_train.default(x, weight, bias, *rest)
+    # register_autograd takes no op that writes to its inputs, so these get a kernel that raises.
+    def raises(name):
+        op = getattr(getattr(torch.ops, namespace), name).default
+
+        def autograd_kernel(*args):
+            needs_grad = (
+                torch.is_grad_enabled() and not torch.compiler.is_exporting()
+            )  # an exported program checks when run
+            if needs_grad and any(isinstance(t, torch.Tensor) and t.requires_grad for t in args):
+                raise NotImplementedError(f"{namespace}::{name}: fastconv.batch_norm is the differentiable one")
+            with torch._C._AutoDispatchBelowAutograd():
+                return op(*args)
+
+        return autograd_kernel
 
     library = torch.library.Library(namespace, "FRAGMENT")
-    library.impl("batch_norm_train", batch_norm_train_autograd, "Autograd")
+    for name in ("batch_norm_train", "batch_norm_act_train"):
+        library.impl(name, raises(name), "Autograd")
     _libraries.append(library)
 
 

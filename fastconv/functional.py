@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.modules.utils import _list_with_default
 
-from . import _ops, autograd
+from . import _ops, activated, autograd
 
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _warned = set()
@@ -103,7 +103,7 @@ def _pair(value):
     return (value, value) if isinstance(value, int) else tuple(value) * 2 if len(value) == 1 else tuple(value)
 
 
-def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, *, algo=None):
+def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, *, algo=None, activation=None):
     """2D convolution (cross-correlation), as torch.nn.functional.conv2d.
 
     y[n, k, p, q] = bias[k] + Σ_{c, r, s} x[n, c, p·stride + r·dilation − padding, q·stride + …] · w[k, c, r, s]
@@ -116,6 +116,7 @@ def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, 
         groups: input and output channels are split into this many independent convolutions.
         algo: one of fastconv.algorithms(), for forward and backward; None lets the plan choose. All but "winograd"
             add up the products of the sum above; its largest error is up to four times theirs.
+        activation: "relu" gives ReLU(y) in the same pass, or None.
 
     Returns:
         (N, K, P, Q) with P = floor((H + 2·padding − dilation·(R − 1) − 1) / stride) + 1, or (K, P, Q). It is
@@ -123,13 +124,16 @@ def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, 
 
     Raises:
         RuntimeError with torch's text for shapes, dtypes and parameters that torch refuses too.
-        ValueError if `algo` is unknown or cannot do the problem, with the reason.
+        ValueError if `algo` is unknown or cannot do the problem, with the reason; or if `activation` is unknown.
     """
+    if activation is not None:
+        _check_activation(activation)
     if not _has_kernel(input):
         if algo is not None:
             raise ValueError(f"algo={algo!r}: fastconv has no kernel for {input.dtype} on {input.device.type}")
         _warn_fallback("conv2d", input)
-        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+        y = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+        return y if activation is None else F.relu(y)
     cuda = input.is_cuda
     device = "cuda" if cuda else "cpu"
     try:
@@ -144,11 +148,17 @@ def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, 
             padding, input = _string_padding(padding, input, weight, stride, dilation)
         channels_last = _wants_channels_last(input, weight, cuda)
         allow_tf32 = cuda and input.dtype is torch.float32 and _allow_tf32()
-        y = autograd.conv2d(input, weight, bias, stride, padding, dilation, groups, channels_last, allow_tf32, algo)
+        convolve = autograd.conv2d if activation is None else activated.conv2d_relu
+        y = convolve(input, weight, bias, stride, padding, dilation, groups, channels_last, allow_tf32, algo)
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:
         options = _reread(F.conv2d, error, (input, weight, bias), (stride, padding, dilation, groups))
-        y = conv2d(input, weight, bias, *options, algo=algo)
+        y = conv2d(input, weight, bias, *options, algo=algo, activation=activation)
     return y.squeeze(0) if unbatched else y
+
+
+def _check_activation(activation):
+    if activation != "relu":
+        raise ValueError(f"activation={activation!r}: expected 'relu' or None")
 
 
 def _string_padding(padding, input, weight, stride, dilation):
@@ -343,7 +353,19 @@ def _avg_pool2d(input, *window):
     return y.squeeze(0) if unbatched else y
 
 
-def batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
+def batch_norm(
+    input,
+    running_mean,
+    running_var,
+    weight=None,
+    bias=None,
+    training=False,
+    momentum=0.1,
+    eps=1e-5,
+    *,
+    activation=None,
+    residual=None,
+):
     """Batch normalization, as torch.nn.functional.batch_norm (Ioffe and Szegedy, 2015).
 
     y = (x − μ) / √(σ² + eps) · weight + bias, for each channel. In training μ and σ² (biased) are the batch's, merged
@@ -354,13 +376,25 @@ def batch_norm(input, running_mean, running_var, weight=None, bias=None, trainin
         input: (N, C) or (N, C, *); float32, float64, float16 or bfloat16, on the CPU or on CUDA.
         running_mean, running_var: (C,), or both None in training.
         weight, bias: (C,) or None; of input's dtype, or float32 for float16 and bfloat16 input.
+        activation: "relu" gives ReLU(y) or ReLU(y + residual) in the same pass, or None.
+        residual: a tensor that is added before the activation. Of another shape or dtype than input's, it is added by
+            torch.
 
     Returns:
         a tensor of input's shape and dtype; channels_last if input is.
 
     Raises:
         ValueError, RuntimeError with torch's text, among them for training with one value per channel.
+        ValueError if `activation` is unknown, or there is a residual without one.
     """
+    if activation is not None:
+        _check_activation(activation)
+        alike = isinstance(residual, torch.Tensor) and residual.shape == input.shape and residual.dtype is input.dtype
+        if not _has_kernel(input) or not (residual is None or alike):
+            y = batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+            return F.relu(y if residual is None else y + residual)
+    elif residual is not None:
+        raise ValueError("a residual is added before an activation: pass activation='relu' too")
     if not _has_kernel(input):
         _warn_fallback("batch_norm", input)
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
@@ -375,10 +409,14 @@ def batch_norm(input, running_mean, running_var, weight=None, bias=None, trainin
     tensors = (weight, bias, running_mean, running_var)
     try:
         if training:
+            if activation is not None:
+                return activated.batch_norm_act_train(input, *tensors, residual, momentum, eps, channels_last)
             return autograd.batch_norm_train(input, *tensors, momentum, eps, channels_last)
         for name, statistics in (("running_mean", running_mean), ("running_var", running_var)):
             if statistics is None:
                 raise RuntimeError(f"{name} must be defined in evaluation mode")
+        if activation is not None:
+            return activated.batch_norm_act_eval(input, *tensors, residual, eps, channels_last)
         return autograd.batch_norm_eval(input, *tensors, eps, channels_last)
     except (RuntimeError, AttributeError) as error:
         _reread(F.batch_norm, error, (input, running_mean, running_var, weight, bias), ())

@@ -4,6 +4,7 @@ Parameters, state_dict, repr, pickling, padding modes and 'same' padding are inh
 """
 
 from torch import nn
+from torch.fx import Proxy
 
 from . import functional
 from .sync_batch_norm import SyncBatchNorm
@@ -16,8 +17,19 @@ def _padded(layer, input):
     return nn.functional.pad(input, layer._reversed_padding_repeated_twice, mode=layer.padding_mode), 0
 
 
+def _recorded(layer, *inputs):
+    """What torch.fx records of a layer: one call, as of torch.nn's, instead of what happens inside."""
+    tracer = inputs[0].tracer
+    return tracer.create_proxy("call_module", tracer.path_of_module(layer), inputs, {})
+
+
 class Conv1d(nn.Conv1d):
     """torch.nn.Conv1d on fastconv.conv1d."""
+
+    def forward(self, input):
+        if isinstance(input, Proxy):
+            return _recorded(self, input)
+        return self._conv_forward(input, self.weight, self.bias)
 
     def _conv_forward(self, input, weight, bias):
         input, padding = _padded(self, input)
@@ -27,15 +39,35 @@ class Conv1d(nn.Conv1d):
 class Conv2d(nn.Conv2d):
     """torch.nn.Conv2d on fastconv.conv2d."""
 
+    def forward(self, input):
+        if isinstance(input, Proxy):
+            return _recorded(self, input)
+        return self._conv_forward(input, self.weight, self.bias)
+
     def _conv_forward(self, input, weight, bias):
         input, padding = _padded(self, input)
         return functional.conv2d(input, weight, bias, self.stride, padding, self.dilation, self.groups)
+
+
+class ConvAct2d(Conv2d):
+    """fastconv.Conv2d and the ReLU behind it in one pass: fastconv.conv2d(..., activation="relu").
+
+    Arguments, parameters and shapes are Conv2d's.
+    """
+
+    def _conv_forward(self, input, weight, bias):
+        input, padding = _padded(self, input)
+        return functional.conv2d(
+            input, weight, bias, self.stride, padding, self.dilation, self.groups, activation="relu"
+        )
 
 
 class MaxPool2d(nn.MaxPool2d):
     """torch.nn.MaxPool2d on fastconv.max_pool2d."""
 
     def forward(self, input):
+        if isinstance(input, Proxy):
+            return _recorded(self, input)
         return functional.max_pool2d(
             input, self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode, self.return_indices
         )
@@ -45,6 +77,8 @@ class AvgPool2d(nn.AvgPool2d):
     """torch.nn.AvgPool2d on fastconv.avg_pool2d."""
 
     def forward(self, input):
+        if isinstance(input, Proxy):
+            return _recorded(self, input)
         return functional.avg_pool2d(
             input,
             self.kernel_size,
@@ -60,6 +94,8 @@ class AdaptiveAvgPool2d(nn.AdaptiveAvgPool2d):
     """torch.nn.AdaptiveAvgPool2d on fastconv.adaptive_avg_pool2d."""
 
     def forward(self, input):
+        if isinstance(input, Proxy):
+            return _recorded(self, input)
         return functional.adaptive_avg_pool2d(input, self.output_size)
 
 
@@ -67,6 +103,11 @@ class _BatchNorm:
     """forward() of torch.nn's BatchNorm layers on fastconv.batch_norm."""
 
     def forward(self, input):
+        return self._normalize(input, None, None)
+
+    def _normalize(self, input, activation, residual):
+        if isinstance(input, Proxy):
+            return _recorded(self, input, *(() if residual is None else (residual,)))
         self._check_input_dim(input)
         momentum = 0.0 if self.momentum is None else self.momentum
         if self.training and self.track_running_stats and self.num_batches_tracked is not None:
@@ -84,6 +125,8 @@ class _BatchNorm:
             use_batch_statistics,
             momentum,
             self.eps,
+            activation=activation,
+            residual=residual,
         )
 
 
@@ -93,6 +136,58 @@ class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
 
 class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):
     """torch.nn.BatchNorm2d on fastconv.batch_norm."""
+
+
+class BatchNormAct2d(BatchNorm2d):
+    """fastconv.BatchNorm2d with ReLU behind it, or a residual and ReLU, in one pass.
+
+    forward(input, residual=None) is ReLU(BatchNorm2d(input) + residual); all are (N, C, H, W), of one dtype. Arguments,
+    parameters and buffers are BatchNorm2d's. What it keeps for backward is input and, given a residual, its output.
+    """
+
+    def forward(self, input, residual=None):
+        return self._normalize(input, "relu", residual)
+
+
+# What fastconv.fuse makes of layers.
+
+
+class AbsorbedReLU(nn.ReLU):
+    """A ReLU that the layer in front of it computes already."""
+
+    def forward(self, input):
+        return input
+
+
+class _Folded:
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
+        errors.append(f"{prefix[:-1]} is folded: call fastconv.unfuse before loading a state_dict")
+
+
+class FoldedConv2d(_Folded, Conv2d):
+    """A convolution with the BatchNorm behind it in its weights, for evaluation. The parameters stay as they were."""
+
+    def _conv_forward(self, input, weight, bias):
+        if self.training:
+            raise RuntimeError("this convolution is folded for evaluation: call fastconv.unfuse before training")
+        input, padding = _padded(self, input)
+        config = self.stride, padding, self.dilation, self.groups
+        return functional.conv2d(
+            input, self.folded_weight, self.folded_bias, *config, activation="relu" if self.folded_relu else None
+        )
+
+
+class FoldedBatchNorm2d(_Folded, BatchNorm2d):
+    """A BatchNorm that the convolution in front of it computes already, but for the residual."""
+
+    def forward(self, input, residual=None):
+        if isinstance(input, Proxy):
+            return _recorded(self, input, *(() if residual is None else (residual,)))
+        return input if residual is None else nn.functional.relu(input + residual)
+
+
+# Layers that fastconv computes, or has computed already.
+FUSED = (ConvAct2d, BatchNormAct2d, AbsorbedReLU, FoldedConv2d, FoldedBatchNorm2d)
 
 
 # Lazy layers learn their number of channels from the first input, and then are of the class named here.

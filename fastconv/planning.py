@@ -28,6 +28,8 @@ class Plan:
     tile: (m, n, k) of the GEMM, or the output tile of a direct kernel; 0 where there is none.
     split: pieces of the contraction, each summed apart and then added in order.
     workspace_bytes: for the whole call; scratch_bytes: besides it, for each CPU thread.
+    predicted_us: a model's time of the whole call on an H200, in µs; None where there is no model (yet: "im2col",
+        "implicit_gemm" and "mma" have one, on sm_90).
     unread_rows, unread_cols: of the input, at its far edge, which the stride does not reach.
     """
 
@@ -40,6 +42,7 @@ class Plan:
     split: int
     workspace_bytes: int
     scratch_bytes: int
+    predicted_us: float | None
     output_size: tuple
     unread_rows: int
     unread_cols: int
@@ -59,6 +62,8 @@ class Plan:
             f" and {_bytes(self.scratch_bytes)} a thread" if self.scratch_bytes else ""
         )
         lines.append(f"  workspace  {memory}")
+        if self.predicted_us is not None:
+            lines.append(f"  predicted  {self.predicted_us:.4g} µs on an H200")
         if self.unread_rows or self.unread_cols:
             lines.append(f"  never read {self.unread_rows} rows, {self.unread_cols} columns")
         lines += [f"  {'takes' if taken else 'not'} {algo}: {reason}" for algo, taken, reason in self.reasons]

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from torch.nn.utils import parametrize
 
-from .modules import SWAPS
+from .fusion import unfuse
+from .modules import FUSED, SWAPS
 
 _BACK = {ours: theirs for theirs, ours in SWAPS.items()}
 
@@ -25,8 +26,8 @@ def convert(module):
 
 
 def revert(module):
-    """Undo convert(): fastconv layers become torch.nn's again, in place. Returns the module itself."""
-    return _swap(module, _BACK)
+    """Undo convert() and fuse(): layers become torch.nn's again, in place. Returns the module itself."""
+    return _swap(unfuse(module), _BACK)
 
 
 def _swap(module, classes):
@@ -80,7 +81,7 @@ def coverage(module):
     rows = Coverage()
     for name, layer in module.named_modules():
         kind = _plain_class(layer)
-        swapped = kind in _BACK
+        swapped = kind in _BACK or kind in FUSED
         if not swapped and next(layer.children(), None) is not None:
             continue
         if swapped:

@@ -8,7 +8,7 @@ with a jvp.
 
 import torch
 
-from . import _ops, autograd
+from . import _ops, activated, autograd
 
 
 class Conv2d(autograd.Conv2d):
@@ -28,23 +28,40 @@ class Conv2d(autograd.Conv2d):
     @staticmethod
     def jvp(ctx, gx, gw, gbias, *_):
         """y is linear in x and in (w, bias): ẏ = fprop(ẋ, w) + fprop(x, ẇ) + ḃ."""
-        x, w = ctx.saved_tensors
-        parts = []
-        if gx is not None:
-            parts.append(autograd.conv2d(gx, w, None, *ctx.config))
-        if gw is not None:
-            parts.append(autograd.conv2d(x, gw, None, *ctx.config))
-        if gbias is not None:
-            parts.append(_like_output(gbias[:, None, None], parts, ctx))
-        return sum(parts[1:], parts[0])
+        return _conv2d_tangent(*ctx.saved_tensors, gx, gw, gbias, ctx.config)
 
 
-def _like_output(bias, parts, ctx):
-    """The bias' tangent alone, in the shape of the output."""
-    if parts:
-        return bias
-    x, w = ctx.saved_tensors
-    return autograd.conv2d(x, torch.zeros_like(w), None, *ctx.config) + bias
+def _conv2d_tangent(x, w, gx, gw, gbias, config):
+    parts = []
+    if gx is not None:
+        parts.append(autograd.conv2d(gx, w, None, *config))
+    if gw is not None:
+        parts.append(autograd.conv2d(x, gw, None, *config))
+    if gbias is not None:
+        if not parts:  # in the shape of the output
+            parts.append(autograd.conv2d(x, torch.zeros_like(w), None, *config))
+        parts.append(gbias[:, None, None])
+    return sum(parts[1:], parts[0])
+
+
+class Conv2dRelu(activated.Conv2dRelu):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, w, bias, *config):
+        return _ops.conv2d_fprop(x, w, bias, *config, True)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, w, _, *config = inputs
+        ctx.save_for_backward(x, w, output)
+        ctx.save_for_forward(x, w, output)
+        ctx.x_size, ctx.w_size, ctx.config = x.shape, w.shape, config
+
+    @staticmethod
+    def jvp(ctx, gx, gw, gbias, *_):
+        x, w, y = ctx.saved_tensors
+        return activated.relu_backward(_conv2d_tangent(x, w, gx, gw, gbias, ctx.config), y)
 
 
 class Conv2dDgrad(autograd.Conv2dDgrad):
@@ -231,9 +248,55 @@ class BatchNormEval(autograd.BatchNormEval):
         return _batch_norm_jvp(ctx, gx, gweight, gbias, training=False)
 
 
+class BatchNormActTrain(activated.BatchNormActTrain):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args):
+        return _ops.batch_norm_act_train(*args)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        autograd.check_statistics(ctx)
+        x, weight, bias, _, _, residual, _, eps, channels_last = inputs
+        ctx.save_for_forward(*activated.save_batch_norm(ctx, x, weight, bias, residual, output, eps, channels_last))
+        ctx.mark_non_differentiable(*output[1:])
+
+    @staticmethod
+    def jvp(ctx, gx, gweight, gbias, _mean, _var, gresidual, *_):
+        return _act_jvp(ctx, gx, gweight, gbias, gresidual, training=True), None, None, None
+
+
+class BatchNormActEval(activated.BatchNormActEval):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args):
+        return _ops.batch_norm_act_eval(*args)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        autograd.check_statistics(ctx)
+        x, weight, bias, running_mean, running_var, _, eps, channels_last = inputs
+        saved = activated.save_evaluated(ctx, x, weight, bias, running_mean, running_var, output, eps, channels_last)
+        ctx.save_for_forward(*saved)
+
+    @staticmethod
+    def jvp(ctx, gx, gweight, gbias, _mean, _var, gresidual, *_):
+        return _act_jvp(ctx, gx, gweight, gbias, gresidual, training=False)
+
+
+def _act_jvp(ctx, gx, gweight, gbias, gresidual, training):
+    x, _, mean, _, affine, y = ctx.saved_tensors
+    parts = [] if gresidual is None else [gresidual]
+    if not (gx is None and gweight is None and gbias is None):
+        parts.append(_batch_norm_jvp(ctx, gx, gweight, gbias, training))
+    return torch.where(activated.is_closed(x, mean, affine, y), 0, sum(parts[1:], parts[0]))
+
+
 def _batch_norm_jvp(ctx, gx, gweight, gbias, training):
     """The Jacobian of x ↦ x̂ is symmetric, so ẋ goes through it by the formula that dy goes back by."""
-    x, weight, mean, invstd = ctx.saved_tensors
+    x, weight, mean, invstd = ctx.saved_tensors[:4]
     parts = []
     if gx is not None:
         parts.append(autograd.batch_norm_backward(gx, x, weight, mean, invstd, training, ctx.eps)[0])
@@ -258,3 +321,5 @@ for _name in (
     "BatchNormEval",
 ):
     getattr(autograd, _name).transformable = globals()[_name]
+for _name in ("Conv2dRelu", "BatchNormActTrain", "BatchNormActEval"):
+    getattr(activated, _name).transformable = globals()[_name]

@@ -266,7 +266,8 @@ def max_pool2d_calls(draw):
             st.sampled_from([name for name in ("kernel_size", "stride", "padding", "dilation") if name in options])
         )
         options[name] = wrong_pair(draw, name, exact[name] or kernel)
-        exact = None
+        # No stride is the default one.
+        exact = {**exact, "stride": None} if (name, options[name]) == ("stride", None) else None
     tensors = {"input": tensor if fault != "none" else draw(st.sampled_from([None, (), 1.0]))}
     return Call("max_pool2d", tensors, options, draw(st.booleans()), draw(LAYOUT), exact, fault)
 

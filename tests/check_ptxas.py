@@ -1,7 +1,7 @@
 """Reads what nvcc and ptxas said while building the CUDA kernels, and fails on a warning or a register spill.
 
-The build leaves one log beside each object: build/ninja/cuda/<file>.o.log. Prints one line a kernel and architecture
-with --table.
+The build leaves one log beside each object: build/ninja/cuda/<file>.o.log. kernel_table.py shows what they say of the
+kernels.
 """
 
 import re
@@ -15,8 +15,8 @@ USED = re.compile(r"Used (\d+) registers")
 
 
 def read(log):
-    """The complaints of one log, and its kernels as (name, architecture, registers, stack bytes)."""
-    complaints, kernels, entry, stack = [], [], None, 0
+    """The complaints of one log, and its kernels as (name, architecture, registers, stack bytes, spilled bytes)."""
+    complaints, kernels, entry, stack, stores, loads = [], [], None, 0, 0, 0
     for line in log.read_text().splitlines():
         if match := ENTRY.search(line):
             entry = match.groups()
@@ -25,7 +25,7 @@ def read(log):
             if stores or loads:
                 complaints.append(f"{log.stem}: {' '.join(entry)}: {line.strip()}")
         elif (match := USED.search(line)) and entry:
-            kernels.append((*entry, int(match.group(1)), stack))
+            kernels.append((*entry, int(match.group(1)), stack, stores + loads))
         elif re.search(r"\bwarning\b|\(C75\d\d\)", line, re.IGNORECASE):
             complaints.append(f"{log.stem}: {line.strip()}")
     return complaints, kernels
@@ -40,9 +40,6 @@ def main():
         found, compiled = read(log)
         complaints += found
         kernels += compiled
-    if "--table" in sys.argv[1:]:
-        for name, arch, registers, stack in sorted(kernels):
-            print(f"{arch:8} {registers:4} registers {stack:5} B stack  {name}")
     print(*complaints, sep="\n")
     print(f"{len(kernels)} kernels in {len(logs)} files compiled, {len(complaints)} complaints")
     sys.exit(bool(complaints) or not kernels)

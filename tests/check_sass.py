@@ -1,10 +1,7 @@
-"""Prints what the compiled CUDA kernels consist of, and fails where a tensor-core kernel has no such instruction.
-
-    python tests/check_sass.py [--table]
+"""Fails where a compiled CUDA kernel lacks the instructions that it is for: tensor-core products, asynchronous copies.
 
 Needs cuobjdump and nvdisasm: those of a CUDA toolkit on PATH, or pip's nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm.
-The table has a line a kernel and architecture: registers, bytes of stack, and its instructions by kind: tensor-core
-products, asynchronous copies, global accesses by width.
+kernel_table.py shows what all kernels consist of.
 """
 
 import os
@@ -33,6 +30,10 @@ KINDS = {
 }
 
 
+# Of kernels whose name contains the first; sm_75, which they are not launched on, is left out.
+NEEDED = {"mma_kernel": ("mma", "cp.async"), "implicit_gemm_kernel": ("cp.async",)}
+
+
 def tool(name):
     """The path of a program of the CUDA toolkit or of a pip package, or None."""
     for folder in map(Path, sys.path):
@@ -59,32 +60,28 @@ def count(sass):
 
 
 def complaints(kernels):
-    """The tensor-core kernels that lack what they are for; sm_75, which they are not launched on, is left out."""
+    """What is missing in which kernel."""
     for (name, arch), kinds in kernels.items():
-        if "mma_kernel" in name and arch != "sm_75":
-            for needed in ("mma", "cp.async"):
-                if not kinds[needed]:
-                    yield f"{arch}: {name} has no {needed} instruction"
+        for part, instructions in NEEDED.items():
+            if part in name and arch != "sm_75":
+                yield from (f"{arch}: {name} has no {kind} instruction" for kind in instructions if not kinds[kind])
 
 
-def main():
+def disassemble(pattern):
+    """What count() finds in the objects whose names match."""
     cuobjdump, nvdisasm = tool("cuobjdump"), tool("nvdisasm")
     if not cuobjdump or not nvdisasm:
         sys.exit("cuobjdump and nvdisasm are needed: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
     environment = {**os.environ, "PATH": f"{Path(nvdisasm).parent}:{os.environ['PATH']}"}
-    table = "--table" in sys.argv[1:]
-    kernels, registers = {}, {}
-    for log in sorted(OBJECTS.glob("*.o.log" if table else "*mma*.o.log")):
-        path = log.with_suffix("")
+    kernels = {}
+    for path in sorted(OBJECTS.glob(f"{pattern}.o")):
         run = subprocess.run([cuobjdump, "-sass", path], env=environment, capture_output=True, text=True, check=True)
         kernels |= count(run.stdout)
-        for name, arch, *rest in check_ptxas.read(log)[1]:
-            registers[name, arch] = rest
-    if table:
-        for (name, arch), kinds in sorted(kernels.items()):
-            used, stack = registers.get((name, arch), (0, 0))
-            instructions = ", ".join(f"{kinds[k]} {k}" for k in (*KINDS, "other") if kinds[k])
-            print(f"{arch:7} {used:3} registers {stack:3} B stack | {instructions} | {name}")
+    return kernels
+
+
+def main():
+    kernels = disassemble("*mma*") | disassemble("*implicit_gemm")
     found = list(complaints(kernels))
     print(*found, sep="\n")
     print(f"{len(kernels)} kernels disassembled, {len(found)} complaints")

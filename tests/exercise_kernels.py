@@ -21,6 +21,7 @@ import test_conv2d  # noqa: E402
 import test_max_pool2d  # noqa: E402
 from batch_norm_reference import batch_norm_reference  # noqa: E402
 from conftest import Backend  # noqa: E402
+from layouts import lay_out  # noqa: E402
 from references import assert_close, conv2d_gradients, conv2d_reference, largest_error  # noqa: E402
 
 import fastconv  # noqa: E402
@@ -70,7 +71,7 @@ def _conv2d(config, algo, x, w, b):
 
 def max_pool2d(backend, dtype, layout):
     for case in MAX_POOL2D_CASES:
-        x = test_max_pool2d.lay_out(torch.randn(case.x).to(dtype), layout)
+        x = lay_out(torch.randn(case.x).to(dtype), layout)
         yield "max_pool2d forward", complaint(test_max_pool2d.check_values, backend, x, case.window)
         yield "max_pool2d backward", complaint(test_max_pool2d.check_gradient, backend, x, case.window)
 

@@ -88,7 +88,7 @@ void pooling(DType dtype, Layout layout, const cpu::Parallel& parallel) {
   const MaxPool2dPlan plan = plan_max_pool2d(p, {});
   const int64_t size = element_bytes(dtype);
   const Bytes x = values(p.x_elements(), dtype, 1), dy = values(p.y_elements(), dtype, 2);
-  Bytes y = room(p.y_elements() * size), offsets = room(p.y_elements() * p.offset_bytes());
+  Bytes y = room(p.y_elements() * size), offsets = room(p.y_elements() * p.offset_bytes);
   Bytes dx = room(p.x_elements() * size), gathered = room(p.y_elements() * size);
   std::vector<int64_t> indices(size_t(p.y_elements()));
   const cpu::MaxPool2dKernels& kernels = *cpu::kernels().max_pool2d;
@@ -132,12 +132,13 @@ void batch_norm(DType dtype, Layout layout, const cpu::Parallel& parallel) {
   Bytes mean = room(statistics_bytes), invstd = mean, dweight = mean, dbias = mean;
   Bytes workspace = room(plan.workspace_bytes);
   const cpu::BatchNormKernels& kernels = *cpu::kernels().batch_norm;
-  kernels.eval(p, plan, x.data(), weight.data(), bias.data(), running_mean.data(), running_var.data(), 1e-5,
+  kernels.eval(p, plan, x.data(), weight.data(), bias.data(), running_mean.data(), running_var.data(), 1e-5, nullptr,
                evaluated.data(), parallel);
   kernels.train(p, plan, x.data(), weight.data(), bias.data(), running_mean.data(), running_var.data(), 0.1, 1e-5,
-                y.data(), mean.data(), invstd.data(), workspace.data(), parallel);
-  kernels.backward(p, plan, dy.data(), x.data(), weight.data(), mean.data(), invstd.data(), true, dx.data(),
-                   dweight.data(), dbias.data(), workspace.data(), parallel);
+                nullptr, y.data(), mean.data(), invstd.data(), nullptr, workspace.data(), parallel);
+  const cpu::BatchNormGradientKernels& gradients = *cpu::kernels().batch_norm_gradients;
+  gradients.backward(p, plan, dy.data(), x.data(), weight.data(), mean.data(), invstd.data(), nullptr, nullptr, true,
+                     dx.data(), dweight.data(), dbias.data(), nullptr, workspace.data(), parallel);
   report("batch norm evaluated", "", dtype, layout, evaluated, p.x_elements() * size);
   report("batch norm y", "", dtype, layout, y, p.x_elements() * size);
   report("batch norm dx", "", dtype, layout, dx, p.x_elements() * size);

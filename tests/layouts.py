@@ -26,7 +26,8 @@ def lay_out(values, layout):
     if layout == "outside in" and rank >= 2:
         return values.transpose(0, -1).contiguous().transpose(0, -1)
     if layout == "slices":
-        base = torch.zeros([2 * n + 1 for n in values.shape], dtype=values.dtype).fill_(77)
+        fill = torch.nan if values.is_floating_point() or values.is_complex() else 77
+        base = torch.full([2 * n + 1 for n in values.shape], fill, dtype=values.dtype)
         return base[tuple(slice(1, None, 2) for _ in values.shape)].copy_(values)
     if layout == "expanded" and rank >= 1 and values.numel():
         dim = values.numel() % rank

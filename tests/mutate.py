@@ -3,12 +3,15 @@
     python tests/mutate.py [FILE[:LINE] …]      of csrc/cuda; default: all
 
 Builds a copy of the tree in build/mutate/tree whose emulated library holds every mutant (see mutation/rewrite.py) and
-runs the emulated tests for each. Prints, and writes to build/mutate/table.txt, what was mutated where and which test
-failed. Fails if a mutant survives in a line without a comment "// redundant: reason", at its end or before it.
+runs, for each, the emulated tests that can notice it (see mutation/plugin.py). Prints, and writes to
+build/mutate/table.txt, what was mutated where and which test failed. Fails if a mutant survives in a line without a
+comment "// redundant: reason", at its end or before it.
 """
 
 import argparse
+import hashlib
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -21,11 +24,8 @@ TREE = WORK / "tree"
 sys.path.insert(0, str(ROOT / "tests" / "mutation"))
 import rewrite  # noqa: E402
 
-OPS = ("avg_pool2d", "batch_norm", "conv2d_mma", "conv2d", "max_pool2d")
-SWITCH = """// Which mutant runs; 0: none.
-extern "C" __attribute__((visibility("default"))) int fastconv_mutant;
-int fastconv_mutant = 0;
-"""
+NUMBERS = 1000  # of mutants, at most, that a file has
+SECONDS = 5  # of the tests that a mutant is tried with before others are
 
 
 def write(path, text):
@@ -55,45 +55,54 @@ def copy_tree():
             shutil.copy2(ROOT / name, target)
 
 
-def ops_of(file):
-    """The ops whose kernels include a file of csrc/cuda, directly or not."""
-    for op in OPS:
-        if file.startswith(op):
-            return {op}
-    users = [p.name for p in (ROOT / "csrc" / "cuda").glob("*.cu*") if f'#include "{file}"' in p.read_text()]
-    return set().union(*map(ops_of, users)) or set(OPS)
-
-
 def mutate():
     """Writes the mutated kernels to the copy. Returns the mutants."""
     mutants = []
-    for path in sorted((ROOT / "csrc" / "cuda").iterdir()):
+    for i, path in enumerate(sorted((ROOT / "csrc" / "cuda").iterdir())):
         text = path.read_text()
         if path.suffix in (".cu", ".cuh"):
-            text, found = rewrite.rewrite(path, len(mutants) + 1)
+            text, found = rewrite.rewrite(path, NUMBERS * i + 1)
+            assert len(found) < NUMBERS, path
             mutants += found
         write(TREE / "csrc" / "cuda" / path.name, text)
-    write(TREE / "tests" / "emulation" / "mutant.cpp", SWITCH)
+    for name in ("mutants.h", "mutants.cpp"):
+        write(TREE / "tests" / "emulation" / name, (ROOT / "tests" / "mutation" / name).read_text())
     return mutants
 
 
-def build(sanitizers):
-    command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace", "--emulated", *sanitizers]
+def build(*options):
+    command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace", *options]
     subprocess.run(command, cwd=TREE, env={**os.environ, "FASTCONV_CUDA": "0"}, check=True)
 
 
-def run_tests(mutants, orders, time_limit, sanitizer=None):
-    """{number: what killed the mutant, or None}"""
-    todo, results = WORK / "mutants.json", WORK / "results.json"
-    todo.write_text(json.dumps([[m.number, sorted(ops_of(m.file))] for m in mutants]))
-    results.write_text("{}")
+def digest():
+    """Of all that decides how the tests run without a mutant."""
+    files = [p for folder in ("tests", "fastconv") for p in sorted((TREE / folder).rglob("*.py"))]
+    contents = (p.read_bytes() for p in [*files, TREE / "build" / "ninja" / "libfastconv_emulated.so"])
+    return hashlib.sha256(b"".join(hashlib.sha256(c).digest() for c in contents)).hexdigest()[:16]
+
+
+def run_tests(mutants, orders, workers, sanitizer=None, seconds=SECONDS):
+    """{number: (what killed the mutant or "", how many tests could)}"""
+    results = WORK / "results.txt"
+    results.write_text("")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "plugin", "-p", "no:faulthandler", "tests", "-k", "emulated"]
-    options = ["--mutants", todo, "--results", results, "--orders", orders, "--time-limit", str(time_limit)]
+    options = {
+        "--rootdir": TREE,
+        "--mutants": ",".join(str(m.number) for m in mutants),
+        "--orders": orders,
+        "--tests": WORK / f"tests-{digest()}.json",
+        "--results": results,
+        "--time-factor": 400 if sanitizer else 40,
+        "--seconds": seconds,
+        "--workers": workers,
+    }
     if sanitizer:
-        options += ["--fastconv-sanitizer", sanitizer]
+        options["--fastconv-sanitizer"] = sanitizer
     path = os.pathsep.join([str(TREE), str(TREE / "tests" / "mutation"), str(TREE / "tests")])
-    subprocess.run([*command, *options], cwd=TREE, env={**os.environ, "PYTHONPATH": path}, check=True)
-    return {int(number): killer for number, killer in json.loads(results.read_text()).items()}
+    arguments = [str(x) for option in options.items() for x in option]
+    subprocess.run([*command, *arguments], cwd=TREE, env={**os.environ, "PYTHONPATH": path}, check=True)
+    return {number: (killer, count) for number, killer, count in map(json.loads, results.read_text().splitlines())}
 
 
 def main():
@@ -102,7 +111,7 @@ def main():
     parser.add_argument("--list", action="store_true", help="print the mutants and run nothing")
     parser.add_argument("--orders", default="forward,reverse,shuffled", help="of the threads (%(default)s)")
     parser.add_argument("--sanitizers", default="address,thread", help="tried on survivors (%(default)s)")
-    parser.add_argument("--time-limit", type=float, default=20, help="of a test, in seconds")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="at the same time (%(default)s)")
     arguments = parser.parse_args()
     copy_tree()
     places = arguments.places
@@ -110,19 +119,24 @@ def main():
     if arguments.list:
         print(*(f"{m.file}:{m.line}: {m.what}" for m in mutants), sep="\n")
         return
-    sanitizers = [s for s in arguments.sanitizers.split(",") if s]
-    build(["--sanitizers", arguments.sanitizers] if sanitizers else [])
-    killers = run_tests(mutants, arguments.orders, arguments.time_limit)
-    for sanitizer in sanitizers:
-        if not (survivors := [m for m in mutants if not killers[m.number] and not m.redundant]):
-            break
-        killers |= run_tests(survivors, "forward", 10 * arguments.time_limit, sanitizer)
+    build("--emulated")
+    fates = run_tests(mutants, arguments.orders, arguments.workers)
+
+    def survivors():
+        return [m for m in mutants if not fates[m.number][0] and fates[m.number][1] > 0]
+
+    for sanitizer in filter(None, arguments.sanitizers.split(",")):
+        if unexplained := [m for m in survivors() if not m.redundant]:
+            build("--sanitizers", sanitizer)
+            fates |= run_tests(unexplained, "forward", arguments.workers, sanitizer)
+    if survivors():
+        fates |= run_tests(survivors(), "forward", arguments.workers, seconds=math.inf)
     lines, counts = [], {"killed": 0, "redundant": 0, "SURVIVED": 0}
     for m in mutants:
-        killer = killers[m.number]
+        killer, tests = fates[m.number]
         fate = "killed" if killer else "redundant" if m.redundant else "SURVIVED"
         counts[fate] += 1
-        lines.append(f"{m.file}:{m.line:<4} {fate:9} {m.what:70} {killer or m.redundant}")
+        lines.append(f"{m.file}:{m.line:<4} {fate:9} {m.what:70} {killer or m.redundant or f'({tests} tests)'}")
     lines.append(f"{len(mutants)} mutants: " + ", ".join(f"{count} {fate}" for fate, count in counts.items()))
     write(WORK / "table.txt", "\n".join(lines) + "\n")
     print(*lines, sep="\n")

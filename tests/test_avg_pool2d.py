@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
+from layouts import lay_out
 from references import LOW_PRECISION, assert_close, avg_pool2d_reference, gamma
 
 import fastconv
@@ -80,16 +81,6 @@ CASES = [
     Case("columns of different sizes", (2, 4, 6, 50), output=(2, 3)),
 ]
 SAMPLE = [CASES[i] for i in (2, 3, 7, 18, 20, 24, 25, 29)]
-
-
-def lay_out(tensor, layout):
-    if layout == "channels_last":
-        return tensor.contiguous(memory_format=torch.channels_last)
-    if layout == "slices":
-        n, c, h, w = tensor.shape
-        base = torch.full((n, 2 * c, w, 3 * h), float("nan"), dtype=tensor.dtype)
-        return base.mT[:, 1::2, ::3, :].copy_(tensor)
-    return tensor.contiguous()
 
 
 def check(backend, case, x):

@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from batch_norm_reference import batch_norm_reference
-from references import LOW_PRECISION, largest_error
+from batch_norm_reference import Bounded, batch_norm_reference
+from references import LOW_PRECISION, accumulator, largest_error, unit_roundoff
 
 import fastconv
 
@@ -53,6 +53,144 @@ def check(backend, x, layout="contiguous", training=True, parameters=None, momen
         if peers and result.dtype in LOW_PRECISION:
             peer_error = largest_error(peers[name], reference.value)
             assert error <= 2 * peer_error, f"{name}: the largest error is {error:.3g}, torch's own is {peer_error:.3g}"
+
+
+def check_act(backend, x, layout="contiguous", training=True, with_residual=False, parameters=None):
+    """ReLU of batch_norm, or of batch_norm plus a residual: its gradients are batch_norm's at dz, dy where y > 0."""
+    weight, bias, running_mean = (torch.randn(x.shape[1], dtype=parameters or x.dtype) for _ in range(3))
+    running_var = torch.rand_like(running_mean) + 0.1
+    x, dy, residual = lay_out(x, layout), lay_out(torch.randn_like(x), layout), lay_out(torch.randn_like(x), layout)
+    leaves = [backend.put(t.clone(memory_format=torch.preserve_format)).requires_grad_() for t in (x, weight, bias)]
+    leaves += [backend.put(residual).requires_grad_()] if with_residual else []
+    statistics = [backend.put(t.clone()) for t in (running_mean, running_var)]
+    keywords = {"residual": leaves[3]} if with_residual else {}
+    y = fastconv.batch_norm(leaves[0], *statistics, *leaves[1:3], training, 0.3, 1e-3, activation="relu", **keywords)
+    gradients = torch.autograd.grad(y, leaves, backend.put(dy))
+    assert y.dtype is x.dtype and (y >= 0).all() and (y > 0).any()
+    assert y.stride() == F.batch_norm(x, running_mean, running_var, training=False).stride()
+
+    dz = torch.where(y.cpu() > 0, dy, 0)
+    expected = batch_norm_reference(x, weight, bias, running_mean, running_var, dz, training, 0.3, 1e-3)
+    z, error = expected["y"].value, expected["y"].error
+    if with_residual:
+        z = z + residual.double()
+        error = error + unit_roundoff(accumulator(x.dtype)) * (z.abs() + error)
+        assert torch.equal(gradients[3].cpu(), dz)
+    expected["y"] = Bounded(z.relu(), error)
+    for name, result in zip(RESULTS, (y, *gradients[:3], *statistics), strict=True):
+        error, bound = largest_error(result, expected[name].value), expected[name].bound(result.dtype)
+        assert error <= bound, f"{name}: the largest error is {error:.3g}, the bound for rounding {bound:.3g}"
+
+
+ACTS = pytest.mark.parametrize("with_residual", [False, True], ids=["relu", "add relu"])
+
+
+@ACTS
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("size", IMAGES + OTHERS[:1] + OTHERS[2:], ids=str)
+def test_activation(backend, size, layout, training, with_residual):
+    check_act(backend, torch.randn(size) * 2 + 3, layout, training, with_residual)
+
+
+@ACTS
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("parameters", ["same", "float32"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_activation_dtypes(backend, dtype, parameters, training, with_residual):
+    if parameters == "float32" and dtype is torch.float64:
+        pytest.skip("float64 input takes float64 parameters only")
+    for size in ((4, 3, 5, 7), (9, 12), *IMAGES[5:]):
+        for layout in ("contiguous", "channels_last"):
+            kind = torch.float32 if parameters == "float32" else dtype
+            check_act(backend, (torch.randn(size) + 1).to(dtype), layout, training, with_residual, kind)
+
+
+@ACTS
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("size", MEDIUM_SIZES, ids=str)
+def test_activation_medium(backend, size, layout, with_residual):
+    for dtype in (torch.float32, torch.float16, torch.float64):
+        check_act(backend, (torch.randn(size) * 3 - 1).to(dtype), layout, True, with_residual)
+
+
+@ACTS
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("size", LARGE_SIZES, ids=str)
+def test_activation_large(native_backend, size, layout, with_residual):
+    for training in (True, False):
+        check_act(native_backend, torch.randn(size) * 3 - 1, layout, training, with_residual)
+
+
+@ACTS
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_backward_opens_where_forward_did(backend, layout, training, with_residual):
+    """To the last bit: of dy = 1, dbias is the number of outputs above zero, though half of the sums are next to it."""
+    for size in ((4, 3, 8, 9), (2, 16, 3, 8), (300, 6)):
+        quarter = torch.randint(-2, 3, size) / 4
+        x = torch.where(torch.rand(size) < 0.5, quarter, torch.randn(size) * 1e-7)
+        residual = backend.put(lay_out(-x.relu(), layout)) if with_residual else None
+        x, weight = backend.put(lay_out(x, layout)), backend.put(torch.randn(size[1]))
+        mean, var = backend.put(torch.zeros(size[1])), backend.put(torch.full((size[1],), 0.125))
+        bias = backend.put(torch.zeros(size[1])).requires_grad_()
+        y = fastconv.batch_norm(x, mean, var, weight, bias, training, activation="relu", residual=residual)
+        y.sum().backward()
+        dims = [d for d in range(x.dim()) if d != 1]
+        assert 0 < (y > 0).sum() < y.numel()
+        assert torch.equal(bias.grad, (y > 0).sum(dims).float())
+
+
+@ACTS
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_activation_of_nan(backend, layout, with_residual):
+    """In evaluation a NaN stays, and lets the gradient pass, as with torch.relu."""
+    x = torch.randn(2, 9, 3, 5)
+    x[1, 4, 1, 2] = torch.nan
+    mean, var = torch.zeros(9), torch.ones(9)
+    residual = backend.put(lay_out(torch.zeros_like(x), layout)).requires_grad_() if with_residual else None
+    leaf = backend.put(lay_out(x.clone(), layout)).requires_grad_()
+    peer = x.clone().requires_grad_()
+    y = fastconv.batch_norm(leaf, *map(backend.put, (mean, var)), activation="relu", residual=residual)
+    F.batch_norm(peer, mean, var).relu().sum().backward()
+    y.sum().backward()
+    assert torch.equal(y.cpu().isnan(), x.isnan())
+    assert torch.equal(leaf.grad.cpu() > 0, peer.grad > 0)
+    if with_residual:
+        assert torch.equal(residual.grad.cpu(), (peer.grad > 0).float())
+
+
+def test_a_residual_of_another_dtype_or_shape_is_added_as_by_torch(backend):
+    x, mean, var = torch.randn(2, 3, 4, 5), torch.zeros(3), torch.ones(3)
+    for dtype, residual in (
+        (torch.bfloat16, torch.randn(2, 3, 4, 5)),
+        (torch.float32, torch.randn(3, 1, 1)),
+        (torch.float32, torch.tensor(0.25)),
+    ):
+        inputs = x.to(dtype), mean.to(dtype), var.to(dtype)
+        y = fastconv.batch_norm(*map(backend.put, inputs), activation="relu", residual=backend.put(residual))
+        expected = (F.batch_norm(*inputs) + residual).relu()
+        assert y.dtype is expected.dtype
+        torch.testing.assert_close(y.cpu(), expected)
+
+
+def test_a_residual_needs_an_activation():
+    x = torch.randn(2, 3, 4, 5)
+    with pytest.raises(ValueError, match="pass activation='relu' too"):
+        fastconv.batch_norm(x, None, None, training=True, residual=x)
+    with pytest.raises(ValueError, match="activation='tanh'"):
+        fastconv.batch_norm(x, None, None, training=True, activation="tanh")
+
+
+@pytest.mark.launches_nothing
+def test_activation_of_an_empty_batch(backend):
+    x = backend.put(torch.empty(0, 3, 4, 5)).requires_grad_()
+    weight = backend.put(torch.randn(3)).requires_grad_()
+    for residual in (None, backend.put(torch.empty(0, 3, 4, 5)).requires_grad_()):
+        y = fastconv.batch_norm(x, None, None, weight, None, True, activation="relu", residual=residual)
+        assert y.shape == x.shape
+        y.sum().backward()
+        assert not weight.grad.any() and (residual is None or residual.grad.shape == x.shape)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
@@ -172,6 +310,21 @@ def test_running_statistics_that_are_not_contiguous_are_updated(backend):
     F.batch_norm(x.double(), expected_mean, expected_var, training=True, momentum=0.5)
     assert (mean.cpu() - expected_mean).abs().max() < 48 * 2**-24 * x.abs().max()
     assert (var.cpu() - expected_var).abs().max() < 192 * 2**-24 * x.square().max()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_activation_has_the_same_bits_for_any_number_of_threads(native_backend, layout, threads):
+    for size in LARGE_SIZES:
+        x, dy, residual = (native_backend.put(lay_out(torch.randn(size), layout)) for _ in range(3))
+        for added in (None, residual):
+            results = []
+            for count in (1, 2, 3):
+                threads(count)
+                leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
+                y = fastconv.batch_norm(leaf, None, None, training=True, activation="relu", residual=added)
+                y.backward(dy)
+                results.append((y, leaf.grad))
+            assert all(torch.equal(a, b) for r in results for a, b in zip(r, results[0], strict=True)), str(size)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])

@@ -19,14 +19,15 @@ pytest.importorskip("matplotlib")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path += [str(ROOT / "benchmarks"), str(ROOT / "examples")]
 
-import cliffs  # noqa: E402
 import fashion_mnist  # noqa: E402
+import floors  # noqa: E402
 import layers  # noqa: E402
 import machine  # noqa: E402
 import measure  # noqa: E402
 import readme  # noqa: E402
 import report  # noqa: E402
 import run  # noqa: E402
+import run_layers  # noqa: E402
 
 BY_NAME = {layer.name: layer for layer in layers.LAYERS}
 
@@ -94,14 +95,26 @@ def test_selection():
     assert layers.layouts(BY_NAME["bn.fc4096"], "both") == ["NC"]
     assert layers.layouts(BY_NAME["vgg.pool"], "nhwc") == ["NHWC"]
     with pytest.raises(SystemExit):
-        run.parse(["--filter", "no such layer"])
+        run_layers.parse(["--filter", "no such layer"])
 
 
-def test_neighbours_of_a_depthwise_layer_are_depthwise():
-    found = dict(cliffs.neighbours(BY_NAME["mobilenet.dw56"]))
-    assert list(found) == ["", "N-1", "C-1", "N+1", "C+1"]
-    assert (found["C+1"].C, found["C+1"].K, found["C+1"].groups) == (129, 129, 129)
-    assert found["N-1"].batches == (3, 255)
+def test_a_command_is_layers_unless_another_is_named(monkeypatch):
+    called = []
+    for module in run.COMMANDS.values():
+        monkeypatch.setattr(f"{module}.main", lambda arguments, module=module: called.append((module, arguments)) or 3)
+    for arguments in ([], ["--quick"], ["layers", "--quick"], ["models", "--filter", "x"], ["compare", "a", "b"]):
+        assert run.main(arguments) == 3
+    assert called == [
+        ("run_layers", []), ("run_layers", ["--quick"]), ("run_layers", ["--quick"]),
+        ("run_models", ["--filter", "x"]), ("compare", ["a", "b"]),
+    ]  # fmt: skip
+
+
+def test_help_names_the_commands(capsys):
+    with pytest.raises(SystemExit):
+        run.main(["--help"])
+    before_usage = capsys.readouterr().out.split("usage")[0]
+    assert all(f"run.py {command}" in before_usage.replace("[", "").replace("]", "") for command in run.COMMANDS)
 
 
 # The figures
@@ -192,7 +205,21 @@ def test_readme_tables(tmp_path):
     summary = report.markdown_summary(result)
     assert summary.startswith("2026-01-02, float32: a machine.")
     assert "| dense | 1.00× | 2.00× | – | – | 0.50× | 2.00× | 0.50× | 0.50× b NHWC bwd |" in summary
+    short = report.markdown_short([result | {"title": "a CPU, 2 threads · torch 2"}])
+    assert short.splitlines()[0] == f"|  | {' | '.join(layers.GROUPS)} |"
+    assert short.splitlines()[2:] == ["| a CPU, 2 threads, float32 | 1.00× | – | – | – | – | – |"]
     assert report.markdown_rows(result).count("\n| ") == 2 + len(rows)
+
+
+def test_floors_are_the_slower_of_operations_and_bytes():
+    conv, pool = (next(x for x in layers.LAYERS if x.name == name) for name in ("resnet.3x3.28", "resnet.pool"))
+    operations = 2 * 256 * 128 * 28**2 * 128 * 9
+    assert floors.floor_us(conv, "forward", torch.bfloat16) == pytest.approx(operations / 790e6)
+    assert floors.floor_us(conv, "backward", torch.float32) == pytest.approx(2 * operations / 67e6)
+    least = 256 * 64 * (4 * 112**2 + 5 * 56**2)
+    assert floors.floor_us(pool, "forward", torch.float32) == pytest.approx(least / 4.3e6)
+    us, algos = floors.predicted(conv, "backward", torch.float32)
+    assert algos == "implicit_gemm" and us > floors.floor_us(conv, "backward", torch.float32)
 
 
 def test_quick_run(tmp_path):

@@ -7,7 +7,9 @@ import shutil
 import subprocess
 import sys
 
+import check_ptxas
 import check_sass
+import kernel_table
 import pytest
 import test_avg_pool2d
 import test_batch_norm
@@ -15,6 +17,7 @@ import test_conv2d
 import test_max_pool2d
 import torch
 from conftest import ROOT, Backend
+from layouts import lay_out
 
 import fastconv
 
@@ -81,11 +84,11 @@ def test_every_instruction_set_gives_right_results(isas, isa, dtype):
             for case in cases.get(algo, (depthwise, *dense)):
                 test_conv2d.check(CPU, case, dtype, layout, algo)
         for size in ((3, 35, 7, 9), (2, 3, 21, 17)):
-            x = test_max_pool2d.lay_out(test_max_pool2d.FILLS["NaN and infinities"](size).to(dtype), layout)
+            x = lay_out(test_max_pool2d.FILLS["NaN and infinities"](size).to(dtype), layout)
             test_max_pool2d.check_values(CPU, x, (3, 2, 1, 1, False))
             test_max_pool2d.check_gradient(CPU, x.nan_to_num(), (3, 2, 1, 1, False))
             for case in test_avg_pool2d.SAMPLE:
-                test_avg_pool2d.check(CPU, case, test_avg_pool2d.lay_out(torch.randn(case.x).to(dtype), layout))
+                test_avg_pool2d.check(CPU, case, lay_out(torch.randn(case.x).to(dtype), layout))
             test_batch_norm.check(CPU, (torch.randn(size) + 2).to(dtype), layout)
             test_batch_norm.check(CPU, torch.randn(size).to(dtype), layout, training=False)
     if dtype.itemsize == 2:
@@ -117,6 +120,63 @@ def test_a_tensor_core_kernel_without_such_instructions_is_noticed():
     assert not list(check_sass.complaints(check_sass.count(sass)))
     (complaint,) = check_sass.complaints(check_sass.count(sass.replace("HMMA", "FFMA")))
     assert complaint == "sm_80: conv2d_mma_kernel has no mma instruction"
+
+
+def test_an_implicit_gemm_without_asynchronous_copies_is_noticed():
+    sass = """
+        arch = sm_90a
+            Function : conv2d_implicit_gemm_kernelIfLi64E
+            /*0000*/  LDGSTS.E [R2], [R4.64] ;
+    """
+    assert not list(check_sass.complaints(check_sass.count(sass)))
+    (complaint,) = check_sass.complaints(check_sass.count(sass.replace("LDGSTS", "LDG")))
+    assert complaint == "sm_90a: conv2d_implicit_gemm_kernelIfLi64E has no cp.async instruction"
+
+
+PTXAS = """ptxas info    : Compiling entry function '_Z1kv' for 'sm_80'
+ptxas info    : Function properties for _Z1kv
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 40 registers, used 1 barriers, 360 bytes cmem[0]
+"""
+
+
+@pytest.mark.parametrize(
+    ("clean", "planted", "complaint"),
+    [
+        ("0 bytes spill stores, 0 bytes", "8 bytes spill stores, 4 bytes", "_Z1kv sm_80: 0 bytes stack frame, 8 bytes"),
+        ("ptxas info    : Used", "ptxas info    : (C7510) Potential Performance Loss\nptxas info    : Used", "(C7510)"),
+        ("ptxas info    : Used", "ptxas warning : Registers are spilled\nptxas info    : Used", "are spilled"),
+        ("ptxas info    : Function", "x.cu(3): warning #177-D: unused\nptxas info    : Function", "#177-D"),
+    ],
+)
+def test_what_ptxas_complains_of_fails_the_check(tmp_path, monkeypatch, capsys, clean, planted, complaint):
+    log = tmp_path / "kernel.o.log"
+    monkeypatch.setattr(check_ptxas, "LOGS", tmp_path)
+    log.write_text(PTXAS)
+    assert check_ptxas.read(log) == ([], [("_Z1kv", "sm_80", 40, 0, 0)])
+    with pytest.raises(SystemExit) as ended:
+        check_ptxas.main()
+    assert not ended.value.code
+    log.write_text(PTXAS.replace(clean, planted))
+    with pytest.raises(SystemExit) as ended:
+        check_ptxas.main()
+    assert ended.value.code == 1 and complaint in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arch", "threads", "registers", "shared_bytes", "blocks"),
+    [
+        ("sm_90", 256, 128, 20 << 10, 2),  # registers: 65536 / (256 · 128)
+        ("sm_90", 64, 32, 57 << 10, 3),  # shared memory: 228 KiB / 58 KiB
+        ("sm_80", 1024, 32, 0, 2),  # threads
+        ("sm_80", 32, 16, 0, 32),  # blocks
+        ("sm_75", 64, 65, 0, 14),  # registers: 65536 / (2 · 9 · 256)
+    ],
+)
+def test_theoretical_occupancy(arch, threads, registers, shared_bytes, blocks):
+    limits = kernel_table.MULTIPROCESSORS[arch]
+    assert limits.blocks_of(threads, registers, shared_bytes) == blocks
+    assert limits.occupancy(threads, registers, shared_bytes) == blocks * threads / limits.threads
 
 
 def test_the_tests_that_the_readme_names_exist():

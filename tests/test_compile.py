@@ -39,6 +39,9 @@ def op_arguments(nhwc):
         "batch_norm_train": (xd, mean.clone(), var.clone(), mean, var, 0.1, 1e-5, nhwc),
         "batch_norm_eval": (x, mean.clone(), var.clone(), mean, var, 1e-5, nhwc),
         "batch_norm_backward": (xd, xd, var.clone(), mean, var, True, nhwc),
+        "batch_norm_act_train": (xd, mean.clone(), var.clone(), mean, var, None, 0.1, 1e-5, nhwc),
+        "batch_norm_act_eval": (x, mean.clone(), var.clone(), mean, var, leaf(*x.shape, layout=layout), 1e-5, nhwc),
+        "batch_norm_act_backward": (xd, xd, var.clone(), mean, var, None, xd, True, nhwc),
         "batch_norm_moments": (xd, nhwc),
         "batch_norm_backward_sums": (xd, xd, mean, var, nhwc),
         "batch_norm_backward_apply": (xd, xd, var.clone(), mean, var, torch.zeros(2, 4), nhwc),
@@ -53,6 +56,17 @@ def test_every_op_is_checked():
 @pytest.mark.parametrize("name", fastconv._ops.OPS)
 def test_opcheck(name, nhwc):
     torch.library.opcheck(getattr(torch.ops.fastconv, name).default, op_arguments(nhwc)[name])
+
+
+@pytest.mark.parametrize("nhwc", [False, True], ids=["NCHW", "NHWC"])
+def test_opcheck_of_what_may_be_left_out(nhwc):
+    ops, arguments = torch.ops.fastconv, op_arguments(nhwc)
+    torch.library.opcheck(ops.conv2d_fprop.default, (*arguments["conv2d_fprop"], True))
+    x, *rest = arguments["batch_norm_act_train"]
+    torch.library.opcheck(ops.batch_norm_act_train.default, (x, *rest[:4], torch.randn_like(x), *rest[5:]))
+    dy, x, weight, mean, var, *_ = arguments["batch_norm_act_backward"]
+    affine = torch.randn(2, 4)
+    torch.library.opcheck(ops.batch_norm_act_backward.default, (dy, x, weight, mean, var, affine, None, True, nhwc))
 
 
 ODD_LAYOUTS = ("transposed", "outside in", "slices", "expanded", "overlapping")

@@ -5,7 +5,14 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from references import assert_close, conv2d_gradients, conv2d_reference, winograd_reference, without_onednn
+from references import (
+    Expected,
+    assert_close,
+    conv2d_gradients,
+    conv2d_reference,
+    winograd_reference,
+    without_onednn,
+)
 
 import fastconv
 
@@ -62,6 +69,8 @@ CASES = [
     Case("depthwise 3x3, stride 2, even padding", (1, 3, 10, 7), (6, 1, 3, 3), (2, 2), (0, 1), groups=3),
     Case("depthwise 3x3, stride 2, no padding of rows", (2, 3, 8, 7), (3, 1, 3, 3), (2, 2), (2, 0), groups=3),
     Case("depthwise, large filter", (2, 3, 8, 9), (6, 1, 5, 4), padding=(2, 1), groups=3),
+    Case("image smaller than the stride", (1, 8, 2, 1), (8, 8, 3, 5), stride=(1, 4), padding=(1, 7)),
+    Case("one pixel, strides", (2, 3, 1, 1), (4, 3, 4, 6), stride=(3, 5), padding=(5, 7)),
 ]
 
 # Large enough for full tiles, several blocks and split contractions, also where kernels are emulated.
@@ -76,8 +85,12 @@ MEDIUM_CASES = [
     Case("medium groups", (2, 48, 9, 10), (96, 6, 3, 3), padding=(1, 1), groups=8),
     Case("medium dilated", (1, 33, 14, 15), (34, 33, 3, 3), padding=(4, 3), dilation=(4, 3)),
     Case("large batch", (37, 5, 6, 7), (6, 5, 3, 2), padding=(1, 0)),
+    Case("patches that fill shared memory", (1, 1, 45, 90), (4, 1, 2, 2), dilation=(35, 1)),
+    Case("patches of several channels that fill it", (1, 7, 67, 70), (3, 7, 3, 5), padding=(1, 2)),
     # So many taps that they come in parts, also where there is room for only 30 at a time.
     Case("wide filters", (1, 33, 3, 19), (34, 33, 2, 17), padding=(1, 0)),
+    Case("row of taps in unequal parts", (1, 2, 1, 260), (13, 2, 1, 257)),
+    Case("column of taps in unequal parts", (1, 2, 260, 1), (13, 2, 257, 1)),
     Case("very wide filter", (2, 2, 3, 310), (3, 2, 2, 290)),
     Case("very tall filter", (2, 2, 310, 3), (3, 2, 290, 2)),
 ]
@@ -94,6 +107,7 @@ LARGE_CASES = [
     Case("dilated, wide", (1, 33, 30, 31), (34, 33, 3, 3), padding=(4, 3), dilation=(4, 3)),
 ]
 
+IMPLICIT = ("implicit_gemm_tile", "implicit_gemm_registers", "implicit_gemm_vectors", "implicit_gemm")
 LAYOUTS = ("contiguous", "channels_last", "channels_last input", "channels_last weight", "slices")
 
 
@@ -159,6 +173,22 @@ def check(backend, case, dtype, layout="contiguous", algo=None, bias=True, compa
             assert_close(name, result, reference, peer)
 
 
+def check_relu(backend, case, dtype, layout="contiguous", algo=None, bias=True):
+    """ReLU(y), and the gradients of y at dy where ReLU(y) came out positive."""
+    x, w, b, dy = inputs_of(case, dtype, layout, bias)
+
+    def ours(x, w, b):
+        return fastconv.conv2d(x, w, b, *case.config, algo=algo, activation="relu")
+
+    y, *actual = conv2d_gradients(ours, *map(backend.put, (x, w, b, dy)))
+    reference, *expected = conv2d_reference(x, w, b, torch.where(y.cpu() > 0, dy, 0), *case.config)
+    assert (y >= 0).all() and (y > 0).any() and (y == 0).any()
+    assert_close("y", y, Expected(reference.value.relu(), reference.magnitude, reference.terms))
+    for name, result, gradient in zip(("dx", "dw", "db"), actual, expected, strict=True):
+        if gradient is not None:
+            assert_close(name, result, gradient)
+
+
 def check_every_value(backend, dtype):
     """Every number of a two-byte dtype times some others: x·w is exact in float32 and rounded once."""
     x = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).reshape(1, 1, 256, 256)
@@ -199,14 +229,14 @@ def test_every_value_of_low_precision(backend, dtype):
     check_every_value(backend, dtype)
 
 
-@pytest.mark.parametrize("algo", ["direct_naive", "direct", "im2col", "depthwise", "mma", "winograd"])
+@pytest.mark.parametrize("algo", ["direct_naive", "direct", "im2col", *IMPLICIT, "depthwise", "mma", "winograd"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_algorithms(backend, case, layout, algo):
     if algo not in backend.algorithms:
         pytest.skip(f"{algo} is not an algorithm of this backend")
     if algo == "mma":
-        pytest.skip("multiplies 16 bits and tf32: test_conv2d_mma.py")
+        pytest.skip("multiplies float32 in three products of tf32: test_conv2d_mma.py")
     algorithm_or_skip(backend, case, algo)
     check(backend, case, torch.float32, layout, algo)
 
@@ -227,10 +257,12 @@ def test_every_algorithm_is_tested(backend):
     check(backend, CASES[0], torch.float32)
 
 
-@pytest.mark.parametrize("algo", [None, "direct", "im2col", "depthwise"])
+@pytest.mark.parametrize("algo", [None, "direct", "im2col", "implicit_gemm", "depthwise"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("case", MEDIUM_CASES, ids=str)
 def test_medium(backend, case, layout, algo):
+    if algo and algo not in backend.algorithms:
+        pytest.skip(f"{algo} is not an algorithm of this backend")
     algorithm_or_skip(backend, case, algo)
     check(backend, case, torch.float32, layout, algo)
 
@@ -256,8 +288,66 @@ def test_large_by_algorithm(native_backend, case, dtype, algo):
     check(native_backend, case, dtype, "channels_last", algo)
 
 
+@pytest.mark.parametrize("algo", ["direct_naive", "direct", "im2col", *IMPLICIT, "depthwise"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("case", CASES[:8] + CASES[11:14] + CASES[25:], ids=str)
+def test_relu_by_algorithm(backend, case, layout, algo):
+    if algo not in backend.algorithms:
+        pytest.skip(f"{algo} is not an algorithm of this backend")
+    algorithm_or_skip(backend, case, algo)
+    check_relu(backend, case, torch.float32, layout, algo)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("case", MEDIUM_CASES[:8], ids=str)
+def test_relu_medium(backend, case, layout, dtype):
+    check_relu(backend, case, dtype, layout, bias=case is not MEDIUM_CASES[0])
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_relu_keeps_nan_and_the_sign_of_zero(backend, layout):
+    """As torch.relu, with every algorithm, of vectors and of single elements."""
+    zeros = torch.full((1, 17, 5, 7), -0.0)
+    nan = zeros.clone()
+    nan[0, 3, 2, 2] = torch.nan
+    for case, w in (((17, 17, 1, 1), torch.eye(17)), ((17, 1, 1, 1), torch.ones(17, 1))):
+        w = w.reshape(case)
+        groups = 17 // case[1]
+        for algo in backend.algorithms:
+            if algo == "mma" or (algo == "depthwise") != (groups == 17):
+                continue
+            for x in (zeros, nan):
+                x = backend.put(lay_out(x, layout))
+                y = fastconv.conv2d(x, backend.put(w), groups=groups, algo=algo)
+                fused = fastconv.conv2d(x, backend.put(w), groups=groups, algo=algo, activation="relu")
+                assert torch.equal(y.relu().view(torch.int32), fused.view(torch.int32)), algo
+                assert fused.isnan().any() == x.isnan().any()
+
+
+def test_an_unknown_activation_is_refused():
+    with pytest.raises(ValueError, match="activation='gelu': expected 'relu' or None"):
+        fastconv.conv2d(torch.ones(1, 1, 2, 2), torch.ones(1, 1, 1, 1), activation="gelu")
+
+
+@pytest.mark.parametrize("frozen", ["input", "weight", "bias"])
+def test_relu_with_gradients_of_some_inputs_only(backend, frozen):
+    case, names = CASES[5], ("input", "weight", "bias")
+    *tensors, dy = inputs_of(case, torch.float32)
+    leaves = dict(zip(names, (backend.put(t).requires_grad_() for t in tensors), strict=True))
+    leaves[frozen].requires_grad_(False)
+    y = fastconv.conv2d(*leaves.values(), *case.config, activation="relu")
+    y.backward(backend.put(dy))
+    dz = torch.where(y.cpu() > 0, dy, 0)
+    expected = dict(zip(names, conv2d_reference(*tensors, dz, *case.config)[1:], strict=True))
+    assert leaves[frozen].grad is None
+    for name in names:
+        if name != frozen:
+            assert_close(name, leaves[name].grad, expected[name])
+
+
 @pytest.mark.parametrize("which", ["x", "dy"])
-@pytest.mark.parametrize("algo", ["direct_naive", "direct", "im2col"])
+@pytest.mark.parametrize("algo", ["direct_naive", "direct", "im2col", *IMPLICIT])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_an_infinity_reaches_only_what_reads_it(backend, layout, algo, which):
     """Elsewhere not even a product with zero is made of it, which would be NaN."""
@@ -318,9 +408,11 @@ def test_empty_batch(backend):
     assert not w.grad.any() and not b.grad.any()
 
 
-@pytest.mark.parametrize("algo", [None, "direct", "im2col"])
+@pytest.mark.parametrize("algo", [None, "direct", "im2col", *IMPLICIT])
 def test_a_sum_over_no_channels_is_the_bias(backend, algo):
     """torch on a CPU returns no output channels here, whatever the weight says."""
+    if algo and algo not in backend.algorithms:
+        pytest.skip(f"{algo} is not an algorithm of this backend")
     x, w, b = backend.put(torch.empty(2, 0, 6, 7)), backend.put(torch.empty(4, 0, 3, 2)), backend.put(torch.randn(4))
     y = fastconv.conv2d(x, w, b, algo=algo)
     assert torch.equal(y, b[:, None, None].expand(2, 4, 4, 6))

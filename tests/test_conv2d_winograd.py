@@ -72,6 +72,17 @@ def gradients(case, tensors, algo):
     return conv2d_gradients(lambda x, w, b: fastconv.conv2d(x, w, b, *case.config, algo=algo), *tensors)
 
 
+@pytest.mark.parametrize("value", [0.0, torch.nan])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_relu_in_the_same_pass(cpu, layout, value):
+    case = CASES[2]
+    x, w, b, _ = inputs_of(case, torch.float32, layout)
+    x[0, 1, 2, 3] = value
+    y = fastconv.conv2d(x, w, b, *case.config, algo="winograd", activation="relu")
+    expected = fastconv.conv2d(x, w, b, *case.config, algo="winograd").relu()
+    assert (expected == 0).any() and torch.equal(y.nan_to_num(-1.0), expected.nan_to_num(-1.0))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("size", [(2, 16, 18, 14), (2, 64, 18, 14), (2, 256, 18, 14), (2, 64, 56, 56)], ids=str)
 def test_its_error_stays_within_four_times_that_of_the_sum(cpu, size, layout):

@@ -360,7 +360,7 @@ def test_vmap_of_the_ops():
 
 
 def test_convert_sync_batchnorm_keeps_the_state_of_a_network():
-    model = networks.ResNet18(classes=10)
+    model = networks.ResNet(18, classes=10)
     fastconv.convert(model[5])  # so that there are torch's BatchNorms and fastconv's
     state, parameters = copy.deepcopy(model.state_dict()), {id(p) for p in model.parameters()}
     batch_norms = [name for name, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)]

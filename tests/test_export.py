@@ -143,14 +143,9 @@ def test_jit_trace(model):
     assert torch.equal(torch.jit.load(buffer)(x), model(x))
 
 
-class LeafTracer(torch.fx.Tracer):
-    def is_leaf_module(self, module, name):
-        return type(module) in fastconv.modules.SWAPS.values() or super().is_leaf_module(module, name)
-
-
 @pytest.mark.parametrize("order", ["trace, then convert", "convert, then trace"])
 def test_fx_symbolic_trace(order):
-    """fx looks into layers outside of torch.nn unless its tracer is told otherwise, and cannot follow their checks."""
+    """fastconv's layers are recorded as calls, as torch.nn's are, though fx looks into layers from elsewhere."""
     torch._dynamo.reset()
     if order == "trace, then convert":
         network = Network()
@@ -160,8 +155,18 @@ def test_fx_symbolic_trace(order):
     else:
         model = fastconv.convert(Network())
         copied = copy.deepcopy(model)
-        graph = torch.fx.GraphModule(copied, LeafTracer().trace(copied))
+        graph = torch.fx.symbolic_trace(copied)
     assert {type(m) for m in graph.modules()} >= {fastconv.Conv2d, fastconv.BatchNorm2d, fastconv.MaxPool2d}
+    x, state = images(2, 9, 10), copy.deepcopy(model.state_dict())
+    for a, b in zip(training_step(graph, graph, x, state), training_step(model, model, x, state), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_fx_records_every_layer_of_a_fused_model_as_one_call():
+    torch._dynamo.reset()
+    model = fastconv.fuse(fastconv.convert(Network()))
+    graph = torch.fx.symbolic_trace(model)
+    assert [node.op for node in graph.graph.nodes][1:-1] == ["call_module"] * 7  # and two ReLUs that are gone
     x, state = images(2, 9, 10), copy.deepcopy(model.state_dict())
     for a, b in zip(training_step(graph, graph, x, state), training_step(model, model, x, state), strict=True):
         assert torch.equal(a, b)

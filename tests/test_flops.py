@@ -81,7 +81,7 @@ def test_double_backward(name):
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "NHWC"])
 def test_a_converted_network_counts_as_before(layout):
-    model = nn.Sequential(*list(networks.ResNet18())[:6])
+    model = nn.Sequential(*list(networks.ResNet(18))[:6])
     x = torch.randn(2, 3, 33, 30).contiguous(memory_format=layout)
 
     def step():
@@ -96,5 +96,5 @@ def test_a_converted_network_counts_as_before(layout):
 
 def test_meta_tensors_are_counted():
     with torch.device("meta"):
-        model, x = fastconv.convert(networks.ResNet18()), torch.empty(1, 3, 224, 224)
+        model, x = fastconv.convert(networks.ResNet(18)), torch.empty(1, 3, 224, 224)
         assert counts(lambda: model(x))[0] == counts(lambda: fastconv.revert(model)(x))[0] == 2 * 1_814_073_344

@@ -68,6 +68,14 @@ def test_conv2d(backend, name, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["all", "depthwise", "1x1"])
+def test_conv2d_relu(backend, name, layout):
+    x, w, *config = CONVOLUTIONS[name]
+    inputs = leaf(backend, x, layout), leaf(backend, w, layout), leaf(backend, (w[0],))
+    check(backend, lambda *inputs: fastconv.conv2d(*inputs, *config, activation="relu"), inputs)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", ["all", "never read"])
 def test_conv2d_dgrad_and_wgrad_as_functions_of_their_own(backend, name, layout):
     x_size, w_size, *config = CONVOLUTIONS[name]
@@ -139,11 +147,43 @@ def test_batch_norm(backend, size, layout, training):
     check(backend, lambda x: batch_norm(x, None, None), inputs[:1])
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("size", [(3, 2, 2, 3), (5, 3)], ids=str)
+def test_batch_norm_activation(backend, size, layout, training):
+    mean, var = (backend.put(torch.rand(size[1], dtype=torch.float64)) for _ in range(2))
+    inputs = leaf(backend, size, layout), leaf(backend, (size[1],)), leaf(backend, (size[1],))
+
+    def batch_norm(x, weight, bias, residual=None):
+        statistics = mean.clone(), var.clone()
+        return fastconv.batch_norm(x, *statistics, weight, bias, training, activation="relu", residual=residual)
+
+    check(backend, batch_norm, inputs)
+    check(backend, batch_norm, (*inputs, leaf(backend, size, layout)))
+    check(backend, lambda x, residual: batch_norm(x, None, None, residual), (inputs[0], leaf(backend, size, layout)))
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_of_activations_are_the_same_with_create_graph(backend, layout, training):
+    """Which goes another way, and would agree with finite differences of itself."""
+    x, residual, weight = leaf(backend, (3, 4, 5, 2), layout), leaf(backend, (3, 4, 5, 2), layout), leaf(backend, (4,))
+    mean, var, dy = (backend.put(torch.rand(size, dtype=torch.float64)) for size in ((4,), (4,), (3, 4, 5, 2)))
+    for inputs in ((x, weight), (x, weight, residual)):
+        y = fastconv.batch_norm(
+            x, mean, var, weight, None, training, activation="relu", residual=inputs[2] if len(inputs) == 3 else None
+        )
+        expected = torch.autograd.grad(y, inputs, dy, retain_graph=True)
+        for a, b in zip(torch.autograd.grad(y, inputs, dy, create_graph=True), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
 def test_ops_called_directly_keep_their_gradients(backend):
     ops = torch.ops.fastconv_emulated if backend.name == "emulated" else torch.ops.fastconv
     x_size, w_size, *config = CONVOLUTIONS["all"]
     x, w, b = leaf(backend, x_size), leaf(backend, w_size), leaf(backend, (w_size[0],))
     assert gradcheck(lambda *t: ops.conv2d_fprop(*t, *config, False, False, None), (x, w, b), fast_mode=True)
+    assert gradcheck(lambda *t: ops.conv2d_fprop(*t, *config, False, False, None, True), (x, w, b), fast_mode=True)
     pooled = distinct(backend, (1, 2, 5, 6), "contiguous")
     window = (*WINDOWS["overlapping"], False)
     assert gradcheck(lambda x: ops.max_pool2d_forward(x, *window, True)[0], (pooled,), fast_mode=True)
@@ -153,6 +193,18 @@ def test_ops_called_directly_keep_their_gradients(backend):
     weight, bias = leaf(backend, (4,)), leaf(backend, (4,))
     assert gradcheck(
         lambda x, w, b: ops.batch_norm_eval(x, w, b, mean, var, 1e-5, False), (x, weight, bias), fast_mode=True
+    )
+    for residual in (None, leaf(backend, x_size)):
+        assert gradcheck(
+            lambda x, w, b, r=residual: ops.batch_norm_act_eval(x, w, b, mean, var, r, 1e-5, False),
+            (x, weight, bias),
+            fast_mode=True,
+        )
+    residual = leaf(backend, x_size)
+    assert gradcheck(
+        lambda r: ops.batch_norm_act_eval(x.detach(), weight, bias, mean, var, r, 1e-5, False),
+        (residual,),
+        fast_mode=True,
     )
 
 
@@ -171,6 +223,8 @@ def test_ops_called_directly_raise_where_they_have_no_derivative(backend):
         lambda: ops.max_pool2d_backward(y.requires_grad_(), offsets, x_size, *window),
         lambda: ops.avg_pool2d_backward(y.requires_grad_(), x_size, *AVERAGES["2x2"], False),
         lambda: ops.batch_norm_train(x, None, None, None, None, 0.1, 1e-5, False)[0],
+        lambda: ops.batch_norm_act_train(x, None, None, None, None, None, 0.1, 1e-5, False)[0],
+        lambda: ops.batch_norm_act_train(x.detach(), None, None, None, None, x, 0.1, 1e-5, False)[0],
     ):
         with pytest.raises(NotImplementedError, match="differentiable"):
             call().sum().backward()

@@ -11,16 +11,19 @@ import pytest
 import test_avg_pool2d
 import test_batch_norm
 import test_conv2d
+import test_conv2d_implicit_gemm
 import test_conv2d_mma
 import test_max_pool2d
 import torch
 from conftest import ROOT, emulated_library_path
+from layouts import lay_out
 
 import fastconv
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 LOGS = ROOT / "build" / "ninja" / "cuda"
 DECLARATION = re.compile(r"__global__\s+void\s+(?:__launch_bounds__\((?:[^()]|\([^()]*\))*\)\s*)?(\w+)\(")
+SCOPES = ("void ", "(anonymous namespace)::", "fastconv::cuda::", "fastconv::", "(Window)", "(Direction)", "(Act)")
 ENTRY = re.compile(r"Compiling entry function '(\w+)'")  # of ptxas
 
 
@@ -42,7 +45,15 @@ def instantiations(symbols, kernels):
     """[(index of the symbol, name)] of the symbols that are instantiations of these kernels."""
     found = []
     for index, symbol in enumerate(output_of("c++filt", text="\n".join(symbols))):
-        for scope in ("void ", "(anonymous namespace)::", "fastconv::cuda::", "fastconv::", "(Window)", "(Direction)"):
+        for scope in (
+            "void ",
+            "(anonymous namespace)::",
+            "fastconv::cuda::",
+            "fastconv::",
+            "(Window)",
+            "(Direction)",
+            "(Act)",
+        ):
             symbol = symbol.replace(scope, "")
         match = re.fullmatch(r"((\w+)(?:<.*?>)?)\(.*\)", symbol)
         if match and match[2] in kernels and "lambda" not in symbol:
@@ -63,27 +74,35 @@ def check_conv2d(backend, dtype, layout):
     many_filters = test_conv2d.MEDIUM_CASES[1]
     for algo in ("direct_naive", "direct", "im2col"):
         test_conv2d.check(backend, all_at_once, dtype, layout, algo)
+    if dtype in (torch.float32, torch.float64):
+        for algo in test_conv2d.IMPLICIT:
+            test_conv2d.check(backend, all_at_once, dtype, layout, algo)
+        for case in (test_conv2d_implicit_gemm.TILE_CASES[0], test_conv2d_implicit_gemm.TILE_CASES[2]):  # both tiles
+            test_conv2d.check(backend, case, dtype, layout, "implicit_gemm")
     test_conv2d.check(backend, many_filters, dtype, layout, "im2col")
     for case in (depthwise, *depthwise_3x3):
         test_conv2d.check(backend, case, dtype, layout, "depthwise")
 
 
 def check_conv2d_mma(backend, dtype, layout):
-    for case in test_conv2d_mma.VECTOR_CASES[:2]:  # small tiles and large ones, in every direction
-        if dtype.itemsize == 2:
-            test_conv2d.check(backend, case, dtype, layout, "mma")
-        elif dtype is torch.float32:
+    # Small tiles, padded channels, and the other tiles, in every direction.
+    small, padded = test_conv2d_mma.VECTOR_CASES[0], test_conv2d_mma.PIECE_CASES[4]
+    for case in (small, padded, *test_conv2d_mma.TILE_CASES):
+        if dtype is torch.float32:
             test_conv2d_mma.check_tf32(backend, case, layout)
+            test_conv2d_mma.check_float32(backend, case, layout)
+        else:
+            test_conv2d.check(backend, case, dtype, layout, "mma")
 
 
 def check_avg_pool2d(backend, dtype, layout):
     for case in test_avg_pool2d.CASES:
-        test_avg_pool2d.check(backend, case, test_avg_pool2d.lay_out(torch.randn(case.x).to(dtype), layout))
+        test_avg_pool2d.check(backend, case, lay_out(torch.randn(case.x).to(dtype), layout))
 
 
 def check_max_pool2d(backend, dtype, layout):
     for case in test_max_pool2d.CASES[:9] + test_max_pool2d.CASES[17:]:
-        x = test_max_pool2d.lay_out(torch.randn(case.x).to(dtype), layout)
+        x = lay_out(torch.randn(case.x).to(dtype), layout)
         test_max_pool2d.check_values(backend, x, case.window)
         test_max_pool2d.check_gradient(backend, x, case.window)
         test_max_pool2d.check_double_backward(backend, x, case.window)
@@ -91,7 +110,10 @@ def check_max_pool2d(backend, dtype, layout):
 
 def check_batch_norm(backend, dtype, layout):
     for size in (*test_batch_norm.IMAGES[5:], (4, 3, 5, 7), (3, 2, 91, 127)):
-        test_batch_norm.check(backend, torch.randn(size).to(dtype), layout)
+        x = torch.randn(size).to(dtype)
+        test_batch_norm.check(backend, x, layout)
+        for with_residual in (False, True):
+            test_batch_norm.check_act(backend, x, layout, with_residual=with_residual)
 
 
 @pytest.mark.parametrize("backend", ["emulated"], indirect=True)
@@ -102,11 +124,9 @@ def test_every_instantiation_runs(backend, emulated_library):
     before = {name: launches(offset) for name, offset in offsets.items()}
     for dtype in DTYPES:
         for layout in ("contiguous", "channels_last"):
-            check_conv2d(backend, dtype, layout)
-            check_conv2d_mma(backend, dtype, layout)
-            check_avg_pool2d(backend, dtype, layout)
-            check_max_pool2d(backend, dtype, layout)
-            check_batch_norm(backend, dtype, layout)
+            for check in (check_conv2d, check_conv2d_mma, check_avg_pool2d, check_max_pool2d, check_batch_norm):
+                torch.manual_seed(0)  # what one draws does not depend on the others
+                check(backend, dtype, layout)
     never = sorted(name for name, offset in offsets.items() if launches(offset) == before[name])
     assert offsets and not never, f"{len(never)} of {len(offsets)} instantiations never ran: {'; '.join(never)}"
 

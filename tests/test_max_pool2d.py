@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
+from layouts import lay_out
 from references import assert_close, max_pool2d_backward_reference
 
 import fastconv
@@ -67,16 +68,6 @@ FILLS = {
     "NaN and infinities": lambda size: torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0])[torch.randint(4, size)],
     "zeros of both signs": lambda size: torch.randint(0, 2, size).sub(0.5).sign() * 0.0,
 }
-
-
-def lay_out(tensor, layout):
-    if layout == "channels_last":
-        return tensor.contiguous(memory_format=torch.channels_last)
-    if layout == "slices":
-        n, c, h, w = tensor.shape
-        base = torch.full((n, 2 * c, w, 3 * h), float("nan"), dtype=tensor.dtype)
-        return base.mT[:, 1::2, ::3, :].copy_(tensor)
-    return tensor.contiguous()
 
 
 def check_values(backend, x, window):

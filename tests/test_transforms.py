@@ -105,6 +105,35 @@ def test_vmap_of_batch_norm_and_its_gradients(in_dims, training):
     assert_close(vmap(gradients, in_dims)(*args), loop(gradients, in_dims, 3, *args))
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("in_dims", [(0, None, None, 0), (2, 1, None, None), (None, 0, 0, 1), (1, 0, 1, None)], ids=str)
+def test_vmap_of_activated_batch_norm_and_its_gradients(in_dims, training):
+    sizes = ((4, 5, 3, 2), (5,), (5,), (4, 5, 3, 2))
+    args = [mapped(size, dim) for size, dim in zip(sizes, in_dims, strict=True)]
+    statistics = (None, None) if training else (random(5), random(5).square() + 0.1)
+    for count in (3, 4):  # without the residual and with it
+
+        def batch_norm(x, w, b, residual=None):
+            return fastconv.batch_norm(x, *statistics, w, b, training, activation="relu", residual=residual)
+
+        def gradients(*args, count=count):
+            return grad(lambda *t: batch_norm(*t).square().sum(), argnums=tuple(range(count)))(*args)
+
+        dims, tensors = in_dims[:count], args[:count]
+        assert_close(vmap(batch_norm, dims)(*tensors), loop(batch_norm, dims, 3, *tensors))
+        assert_close(vmap(gradients, dims)(*tensors), loop(gradients, dims, 3, *tensors))
+
+
+@pytest.mark.parametrize("in_dims", [(0, None, None), (0, None, 0), (1, 0, None), (None, None, 0), (0, 0, 0)], ids=str)
+def test_vmap_of_conv2d_with_relu(in_dims):
+    args = [mapped(size, dim) for size, dim in zip(((2, 4, 6, 7), (6, 2, 3, 2), (6,)), in_dims, strict=True)]
+
+    def conv2d(x, w, b):
+        return fastconv.conv2d(x, w, b, *CONFIG, 2, activation="relu")
+
+    assert_close(vmap(conv2d, in_dims)(*args), loop(conv2d, in_dims, 3, *args))
+
+
 def test_vmap_updates_mapped_running_statistics_and_refuses_others():
     x, mean, var = random(3, 4, 5, 2, 2), random(3, 5), random(3, 5).square()
     expected_mean, expected_var = mean.clone(), var.clone()
@@ -136,11 +165,28 @@ def functions():
             lambda *t: fastconv.batch_norm(t[0], mean, var, *t[1:]),
             (random(3, 4, 2, 3), random(4), random(4)),
         ),
+        "conv2d, ReLU": (
+            lambda *t: fastconv.conv2d(*t, *CONFIG, 2, activation="relu"),
+            (random(2, 4, 5, 4), random(6, 2, 2, 2), random(6)),
+        ),
+        "batch_norm, training, ReLU": (
+            lambda *t: fastconv.batch_norm(t[0], None, None, *t[1:], training=True, activation="relu"),
+            (random(3, 4, 2, 3), random(4), random(4)),
+        ),
+        "batch_norm, evaluation, add, ReLU": (
+            lambda *t: fastconv.batch_norm(t[0], mean, var, *t[1:3], activation="relu", residual=t[3]),
+            (random(3, 4, 2, 3), random(4), random(4), random(3, 4, 2, 3)),
+        ),
+        "training, add, ReLU": (
+            lambda *t: fastconv.batch_norm(t[0], None, None, *t[1:3], True, activation="relu", residual=t[3]),
+            (random(3, 4, 2, 3), random(4), random(4), random(3, 4, 2, 3)),
+        ),
     }
 
 
 POOLS = ("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d")
-FUNCTIONS = ("conv2d", "conv1d", *POOLS, "batch_norm, training", "batch_norm, evaluation")
+ACTIVATED = ("conv2d, ReLU", "batch_norm, training, ReLU", "batch_norm, evaluation, add, ReLU", "training, add, ReLU")
+FUNCTIONS = ("conv2d", "conv1d", *POOLS, "batch_norm, training", "batch_norm, evaluation", *ACTIVATED)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

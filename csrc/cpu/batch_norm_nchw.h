@@ -91,54 +91,87 @@ void merge_chunk(Moments& moments, const T* x, int64_t stride, const Chunk& chun
   merge(moments, count, shift + sums.s1 / count, m2_of(sums.s1, sums.s2, count));
 }
 
-template <typename T>
-void apply_chunk(const T* x, T* y, int64_t stride, const Chunk& chunk, const Affine<acc_t<T>>& a) {
+// residual is read for add_relu only, and has the place of x.
+template <Act act, typename T>
+void apply_chunk(const T* x, const T* residual, T* y, int64_t stride, const Chunk& chunk, const Affine<acc_t<T>>& a) {
   for (int64_t n = chunk.n_begin; n < chunk.n_end; ++n) {
-    const T* from = x + n * stride;
+    const T *from = x + n * stride, *add = act == Act::add_relu ? residual + n * stride : nullptr;
     T* to = y + n * stride;
     int64_t l = chunk.l_begin;
-    for (; l + lanes<T> <= chunk.l_end; l += lanes<T>) store(to + l, (load(from + l) - a.center) * a.scale + a.shift);
-    for (; l < chunk.l_end; ++l) to[l] = from_acc<T>((to_acc(from[l]) - a.center) * a.scale + a.shift);
+    for (; l + lanes<T> <= chunk.l_end; l += lanes<T>) {
+      vec_t<T> z = (load(from + l) - a.center) * a.scale + a.shift;
+      if constexpr (act == Act::add_relu) z += load(add + l);
+      store(to + l, act == Act::none ? z : relu(z));
+    }
+    for (; l < chunk.l_end; ++l) {
+      acc_t<T> z = (to_acc(from[l]) - a.center) * a.scale + a.shift;
+      if constexpr (act == Act::add_relu) z += to_acc(add[l]);
+      to[l] = from_acc<T>(act == Act::none ? z : relu(z));
+    }
   }
 }
-
-// Adds Σ dy and Σ dy·(x − mean).
 template <typename T>
-void add_gradient_sums(Sums& sums, const T* dy, const T* x, int64_t stride, const Chunk& chunk, acc_t<T> mean) {
+void apply_chunk(const T* x, T* y, int64_t stride, const Chunk& chunk, const Affine<acc_t<T>>& a) {
+  apply_chunk<Act::none, T>(x, nullptr, y, stride, chunk, a);
+}
+
+// Adds Σ dz and Σ dz·(x − mean). dz is dy for none; for relu, dy where the affine of x is positive; for add_relu, dy
+// where y is positive, and is written.
+template <Act act, typename T>
+void add_gradient_sums(Sums& sums, const T* dy, const T* x, const T* y, T* dz, int64_t stride, const Chunk& chunk,
+                       const Affine<acc_t<T>>& a) {
   constexpr int unroll = 4;
-  const vec_t<T> center = broadcast<T>(mean);
+  const vec_t<T> center = broadcast<T>(a.center);
   vec_t<T> s1[unroll] = {}, s2[unroll] = {};
   double rest1 = 0, rest2 = 0;  // of the columns beyond the last whole vector
-  const auto add = [&](int k, vec_t<T> g, vec_t<T> v) {
+  const auto add = [&](int k, int64_t i) {
+    const vec_t<T> v = load(x + i);
+    vec_t<T> g = load(dy + i);
+    if constexpr (act == Act::relu) g = gradient_of_relu(g, (v - a.center) * a.scale + a.shift);
+    if constexpr (act == Act::add_relu) {
+      g = gradient_of_relu(g, load(y + i));
+      store(dz + i, g);
+    }
     s1[k] += g;
     s2[k] += g * (v - center);
   };
   for (int64_t n = chunk.n_begin; n < chunk.n_end; ++n) {
-    const T *g = dy + n * stride, *v = x + n * stride;
-    int64_t l = chunk.l_begin;
-    for (; l + unroll * lanes<T> <= chunk.l_end; l += unroll * lanes<T>)
-      for (int k = 0; k < unroll; ++k) add(k, load(g + l + k * lanes<T>), load(v + l + k * lanes<T>));
-    for (; l + lanes<T> <= chunk.l_end; l += lanes<T>) add(0, load(g + l), load(v + l));
-    for (; l < chunk.l_end; ++l) {
-      rest1 += to_acc(g[l]);
-      rest2 += to_acc(g[l]) * (to_acc(v[l]) - mean);
+    int64_t i = n * stride + chunk.l_begin;
+    const int64_t end = n * stride + chunk.l_end;
+    for (; i + unroll * lanes<T> <= end; i += unroll * lanes<T>)
+      for (int k = 0; k < unroll; ++k) add(k, i + k * lanes<T>);
+    for (; i + lanes<T> <= end; i += lanes<T>) add(0, i);
+    for (; i < end; ++i) {
+      const acc_t<T> v = to_acc(x[i]);
+      acc_t<T> g = to_acc(dy[i]);
+      if constexpr (act == Act::relu) g = gradient_of_relu(g, (v - a.center) * a.scale + a.shift);
+      if constexpr (act == Act::add_relu) {
+        g = gradient_of_relu(g, to_acc(y[i]));
+        dz[i] = from_acc<T>(g);
+      }
+      rest1 += g;
+      rest2 += g * (v - a.center);
     }
   }
   sums.s1 += sum_of<T>((s1[0] + s1[1]) + (s1[2] + s1[3])) + rest1;
   sums.s2 += sum_of<T>((s2[0] + s2[1]) + (s2[2] + s2[3])) + rest2;
 }
 
-template <typename T>
-void apply_gradient(const T* dy, const T* x, T* dx, int64_t stride, const Chunk& chunk, acc_t<T> mean, acc_t<T> invstd,
-                    const Backward<acc_t<T>>& b) {
+// For none and relu; where add_relu has written dz, none goes on with that.
+template <Act act, typename T>
+void apply_gradient(const T* dy, const T* x, T* dx, int64_t stride, const Chunk& chunk, const Affine<acc_t<T>>& a,
+                    acc_t<T> invstd, const Backward<acc_t<T>>& b) {
+  static_assert(act != Act::add_relu);
+  const auto of = [&](auto g, auto v) {
+    if constexpr (act == Act::relu) g = gradient_of_relu(g, (v - a.center) * a.scale + a.shift);
+    return g * b.dy_scale + ((v - a.center) * invstd * b.x_scale + b.shift);
+  };
   for (int64_t n = chunk.n_begin; n < chunk.n_end; ++n) {
     const T *g = dy + n * stride, *v = x + n * stride;
     T* to = dx + n * stride;
     int64_t l = chunk.l_begin;
-    for (; l + lanes<T> <= chunk.l_end; l += lanes<T>)
-      store(to + l, load(g + l) * b.dy_scale + ((load(v + l) - mean) * invstd * b.x_scale + b.shift));
-    for (; l < chunk.l_end; ++l)
-      to[l] = from_acc<T>(to_acc(g[l]) * b.dy_scale + ((to_acc(v[l]) - mean) * invstd * b.x_scale + b.shift));
+    for (; l + lanes<T> <= chunk.l_end; l += lanes<T>) store(to + l, of(load(g + l), load(v + l)));
+    for (; l < chunk.l_end; ++l) to[l] = from_acc<T>(of(to_acc(g[l]), to_acc(v[l])));
   }
 }
 

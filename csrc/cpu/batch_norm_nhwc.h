@@ -118,40 +118,62 @@ void row_moments(const T* x, int64_t stride, int64_t rows, int64_t channels, dou
     }
 }
 
-// sum_dy = Σ dy, sum_dyx = Σ dy·(x − mean) of `rows` rows of `channels` channels.
-template <typename T>
-void row_gradient_sums(const T* dy, const T* x, int64_t stride, int64_t rows, int64_t channels, const acc_t<T>* mean,
-                       double* sum_dy, double* sum_dyx) {
+// The affine of neighbouring channels; scale and shift are null where they are not asked for.
+template <typename S>
+struct AffineRow {
+  const S *center, *scale, *shift;
+  AffineRow from(int64_t c) const { return {center + c, scale ? scale + c : nullptr, shift ? shift + c : nullptr}; }
+};
+
+// sum_dy = Σ dz, sum_dyx = Σ dz·(x − mean) of `rows` rows of `channels` channels; dz as in add_gradient_sums.
+template <Act act, typename T>
+void row_gradient_sums(const T* dy, const T* x, const T* y, T* dz, int64_t stride, int64_t rows, int64_t channels,
+                       const AffineRow<acc_t<T>>& a, double* sum_dy, double* sum_dyx) {
   for (int64_t c = 0; c < channels; ++c) sum_dy[c] = sum_dyx[c] = 0;
   for (int64_t begin = 0; begin < rows; begin += chunk_rows)
     for (int64_t first = 0; first < channels; first += block_channels) {
       const int64_t end = min_of(begin + chunk_rows, rows), n = min_of(block_channels, channels - first);
-      const acc_t<T>* center = mean + first;
+      const AffineRow<acc_t<T>> block = a.from(first);
       acc_t<T> s1[block_channels] = {}, s2[block_channels] = {};
+      const auto add_one = [&](int64_t i, int64_t c) {
+        const acc_t<T> v = to_acc(x[i + c]);
+        acc_t<T> g = to_acc(dy[i + c]);
+        if constexpr (act == Act::relu)
+          g = gradient_of_relu(g, (v - block.center[c]) * block.scale[c] + block.shift[c]);
+        if constexpr (act == Act::add_relu) {
+          g = gradient_of_relu(g, to_acc(y[i + c]));
+          dz[i + c] = from_acc<T>(g);
+        }
+        s1[c] += g;
+        s2[c] += g * (v - block.center[c]);
+      };
       int64_t row = begin;
       for (; row + 4 <= end; row += 4) {
-        const T *g = dy + row * stride + first, *v = x + row * stride + first;
+        const int64_t i = row * stride + first;
         int64_t c = 0;
         for (; c + lanes<T> <= n; c += lanes<T>) {
-          const vec_t<T> m = load(center + c), g0 = load(g + c), g1 = load(g + stride + c);
-          const vec_t<T> g2 = load(g + 2 * stride + c), g3 = load(g + 3 * stride + c);
-          store(s1 + c, load(s1 + c) + ((g0 + g1) + (g2 + g3)));
-          const vec_t<T> low = g0 * (load(v + c) - m) + g1 * (load(v + stride + c) - m);
-          const vec_t<T> high = g2 * (load(v + 2 * stride + c) - m) + g3 * (load(v + 3 * stride + c) - m);
+          const vec_t<T> m = load(block.center + c);
+          vec_t<T> g[4], v[4];
+          for (int k = 0; k < 4; ++k) {
+            const int64_t at = i + k * stride + c;
+            g[k] = load(dy + at);
+            v[k] = load(x + at);
+            if constexpr (act == Act::relu)
+              g[k] = gradient_of_relu(g[k], (v[k] - m) * load(block.scale + c) + load(block.shift + c));
+            if constexpr (act == Act::add_relu) {
+              g[k] = gradient_of_relu(g[k], load(y + at));
+              store(dz + at, g[k]);
+            }
+          }
+          store(s1 + c, load(s1 + c) + ((g[0] + g[1]) + (g[2] + g[3])));
+          const vec_t<T> low = g[0] * (v[0] - m) + g[1] * (v[1] - m), high = g[2] * (v[2] - m) + g[3] * (v[3] - m);
           store(s2 + c, load(s2 + c) + (low + high));
         }
         for (; c < n; ++c)
-          for (int64_t k = 0; k < 4; ++k) {
-            s1[c] += to_acc(g[k * stride + c]);
-            s2[c] += to_acc(g[k * stride + c]) * (to_acc(v[k * stride + c]) - center[c]);
-          }
+          for (int64_t k = 0; k < 4; ++k) add_one(i + k * stride, c);
       }
       for (; row < end; ++row)
-        for (int64_t c = 0; c < n; ++c) {
-          const acc_t<T> g = to_acc(dy[row * stride + first + c]);
-          s1[c] += g;
-          s2[c] += g * (to_acc(x[row * stride + first + c]) - center[c]);
-        }
+        for (int64_t c = 0; c < n; ++c) add_one(row * stride + first, c);
       for (int64_t c = 0; c < n; ++c) {
         sum_dy[first + c] += s1[c];
         sum_dyx[first + c] += s2[c];
@@ -161,31 +183,49 @@ void row_gradient_sums(const T* dy, const T* x, int64_t stride, int64_t rows, in
 
 // y = (x − center)·scale + shift. Row after row: several at a time would share a few cache sets where the stride is a
 // power of two.
-template <typename T>
-void apply_rows(const T* x, T* y, int64_t stride, int64_t rows, int64_t channels, const acc_t<T>* center,
-                const acc_t<T>* scale, const acc_t<T>* shift) {
-  for (int64_t row = 0; row < rows; ++row, x += stride, y += stride) {
+template <Act act, typename T>
+void apply_rows(const T* x, const T* residual, T* y, int64_t stride, int64_t rows, int64_t channels,
+                const AffineRow<acc_t<T>>& a) {
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t i = row * stride;
     int64_t c = 0;
-    for (; c + lanes<T> <= channels; c += lanes<T>)
-      store(y + c, (load(x + c) - load(center + c)) * load(scale + c) + load(shift + c));
-    for (; c < channels; ++c) y[c] = from_acc<T>((to_acc(x[c]) - center[c]) * scale[c] + shift[c]);
+    for (; c + lanes<T> <= channels; c += lanes<T>) {
+      vec_t<T> z = (load(x + i + c) - load(a.center + c)) * load(a.scale + c) + load(a.shift + c);
+      if constexpr (act == Act::add_relu) z += load(residual + i + c);
+      store(y + i + c, act == Act::none ? z : relu(z));
+    }
+    for (; c < channels; ++c) {
+      acc_t<T> z = (to_acc(x[i + c]) - a.center[c]) * a.scale[c] + a.shift[c];
+      if constexpr (act == Act::add_relu) z += to_acc(residual[i + c]);
+      y[i + c] = from_acc<T>(act == Act::none ? z : relu(z));
+    }
   }
 }
 
-// dx = dy·dy_scale + (x − mean)·invstd·x_scale + shift
-template <typename T>
+// The coefficients of Backward for neighbouring channels.
+template <typename S>
+struct BackwardRow {
+  const S *invstd, *dy_scale, *x_scale, *shift;
+};
+
+// dx = dz·dy_scale + (x − mean)·invstd·x_scale + shift, for none and relu as in apply_gradient.
+template <Act act, typename T>
 void apply_gradient_rows(const T* dy, const T* x, T* dx, int64_t stride, int64_t rows, int64_t channels,
-                         const acc_t<T>* mean, const acc_t<T>* invstd, const acc_t<T>* dy_scale,
-                         const acc_t<T>* x_scale, const acc_t<T>* shift) {
+                         const AffineRow<acc_t<T>>& a, const BackwardRow<acc_t<T>>& b) {
+  static_assert(act != Act::add_relu);
   for (int64_t row = 0; row < rows; ++row, x += stride, dy += stride, dx += stride) {
     int64_t c = 0;
     for (; c + lanes<T> <= channels; c += lanes<T>) {
-      const vec_t<T> x_hat = (load(x + c) - load(mean + c)) * load(invstd + c);
-      store(dx + c, load(dy + c) * load(dy_scale + c) + (x_hat * load(x_scale + c) + load(shift + c)));
+      const vec_t<T> centred = load(x + c) - load(a.center + c), x_hat = centred * load(b.invstd + c);
+      vec_t<T> g = load(dy + c);
+      if constexpr (act == Act::relu) g = gradient_of_relu(g, centred * load(a.scale + c) + load(a.shift + c));
+      store(dx + c, g * load(b.dy_scale + c) + (x_hat * load(b.x_scale + c) + load(b.shift + c)));
     }
     for (; c < channels; ++c) {
-      const acc_t<T> x_hat = (to_acc(x[c]) - mean[c]) * invstd[c];
-      dx[c] = from_acc<T>(to_acc(dy[c]) * dy_scale[c] + (x_hat * x_scale[c] + shift[c]));
+      const acc_t<T> centred = to_acc(x[c]) - a.center[c], x_hat = centred * b.invstd[c];
+      acc_t<T> g = to_acc(dy[c]);
+      if constexpr (act == Act::relu) g = gradient_of_relu(g, centred * a.scale[c] + a.shift[c]);
+      dx[c] = from_acc<T>(g * b.dy_scale[c] + (x_hat * b.x_scale[c] + b.shift[c]));
     }
   }
 }

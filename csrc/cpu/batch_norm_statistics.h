@@ -43,6 +43,8 @@ template <typename S>
 struct Channels {
   const S *weight, *bias;
   S *running_mean, *running_var, *mean, *invstd;
+  S* affine;  // null, or what becomes of it: C scales, then C shifts
+  int64_t C;
   double momentum, eps;
 };
 
@@ -51,6 +53,9 @@ template <typename S>
 struct Affine {
   S center, scale, shift;
 };
+
+// What is made of that: y itself, ReLU(y), or ReLU(y + residual).
+enum class Act { none, relu, add_relu };
 
 template <typename S>
 Affine<S> finish(const Channels<S>& channels, int64_t c, const Moments& m) {
@@ -65,7 +70,12 @@ Affine<S> finish(const Channels<S>& channels, int64_t c, const Moments& m) {
   }
   // The part of the mean that S could not hold goes into the shift.
   const double rest = double(channels.mean[c]) - m.mean;
-  return {channels.mean[c], S(scale), S((channels.bias ? channels.bias[c] : 0) + rest * scale)};
+  const Affine<S> a{channels.mean[c], S(scale), S((channels.bias ? channels.bias[c] : 0) + rest * scale)};
+  if (channels.affine) {
+    channels.affine[c] = a.scale;
+    channels.affine[channels.C + c] = a.shift;
+  }
+  return a;
 }
 
 // What eval is given for each channel.
@@ -83,18 +93,25 @@ Affine<S> affine_of(const Parameters<S>& p, int64_t c) {
 // What backward is given and gives back for each channel.
 template <typename S>
 struct Gradients {
-  const S *weight, *mean, *invstd;
+  const S *weight, *mean, *invstd, *affine;
   bool training;
   S *dweight, *dbias;
 };
 
-// dx = dy·dy_scale + (x − mean)·invstd·x_scale + shift
+// dz, the gradient in front of the ReLU: dy, but 0 where z, what the ReLU was given or gave, is not positive. A NaN in
+// z lets dy pass, as in torch.
+template <typename V>
+FASTCONV_INLINE V gradient_of_relu(V dy, V z) {
+  return z <= 0 ? V{} : dy;
+}
+
+// dx = dz·dy_scale + (x − mean)·invstd·x_scale + shift
 template <typename S>
 struct Backward {
   S dy_scale, x_scale, shift;
 };
 
-// sum_dy = Σ dy, sum_dyx = Σ dy·(x − mean)
+// sum_dy = Σ dz, sum_dyx = Σ dz·(x − mean)
 template <typename S>
 Backward<S> finish(const Gradients<S>& g, int64_t c, double sum_dy, double sum_dyx, int64_t count) {
   const double invstd = g.invstd[c], dweight = sum_dyx * invstd;

@@ -21,6 +21,7 @@ template <typename T>
 struct Target {
   T* out;
   int64_t row, col;
+  bool with_relu;
 };
 
 // A tile of Rows × V vectors of outputs, start + Σ_t weights[t] · in[offsets[t]]: enough chains of additions to
@@ -40,6 +41,7 @@ FASTCONV_INLINE void window_tile(const acc_t<T>* in, int64_t in_pitch, int64_t t
     for (int u = 0; u < V; ++u) {
       const int64_t left = width - u * lanes<T>;
       T* out = to.out + i * to.row + u * lanes<T> * to.col;
+      if (to.with_relu) sums[i][u] = relu(sums[i][u]);
       if (to.col == 1 && left >= lanes<T>) {
         store(out, sums[i][u]);
       } else if (to.col == 1 && left > 0) {
@@ -59,7 +61,8 @@ void window_sums(const acc_t<T>* in, int64_t in_pitch, int64_t rows, int64_t col
   int64_t i = 0;
   const auto tile = [&](auto height, auto vectors, int64_t j) {
     window_tile<T, height.value, vectors.value>(in + i * in_pitch + j, in_pitch, taps, offsets, weights, start,
-                                                cols - j, {to.out + i * to.row + j * to.col, to.row, to.col});
+                                                cols - j,
+                                                {to.out + i * to.row + j * to.col, to.row, to.col, to.with_relu});
   };
   std::integral_constant<int, 1> one;
   std::integral_constant<int, 2> two;
@@ -78,8 +81,8 @@ void window_sums(const acc_t<T>* in, int64_t in_pitch, int64_t rows, int64_t col
 // One block of one phase of a plane: out[i][j] = start + Σ filter · source.
 template <typename T>
 void window_block(const T* source, const Axis& rows, int64_t i0, int64_t i_count, const Axis& cols, int64_t j0,
-                  int64_t j_count, const T* filter, int64_t filter_width, acc_t<T> start, T* out, int64_t out_width,
-                  char* scratch) {
+                  int64_t j_count, const T* filter, int64_t filter_width, acc_t<T> start, bool with_relu, T* out,
+                  int64_t out_width, char* scratch) {
   const Strips row_strips = make_strips(rows, i_count), col_strips = make_strips(cols, j_count);
   const int64_t taps = rows.taps * cols.taps;
   auto* offsets = reinterpret_cast<int64_t*>(scratch);
@@ -95,7 +98,7 @@ void window_block(const T* source, const Axis& rows, int64_t i0, int64_t i_count
   stage_plane(source, rows, row_strips, i0, cols, col_strips, j0, stage);
   window_sums<T>(stage, col_strips.elements(), i_count, j_count, taps, offsets, weights, start,
                  {out + (rows.out_first + i0 * rows.out_step) * out_width + cols.out_first + j0 * cols.out_step,
-                  rows.out_step * out_width, cols.out_step});
+                  rows.out_step * out_width, cols.out_step, with_relu});
 }
 
 template <typename T>
@@ -108,7 +111,7 @@ void fprop_nchw(const Conv2dProblem& pr, const Conv2dPlan& plan, const T* x, con
     const int64_t i0 = task / col_blocks % row_blocks * plan.tile_m, j0 = task % col_blocks * plan.tile_n;
     window_block(x + plane * pr.H * pr.W, rows, i0, min_of<int64_t>(plan.tile_m, pr.P - i0), cols, j0,
                  min_of<int64_t>(plan.tile_n, pr.Q - j0), w + c * pr.R * pr.S, pr.S, bias ? to_acc(bias[c]) : 0,
-                 y + plane * pr.P * pr.Q, pr.Q, scratch + worker * plan.scratch_bytes);
+                 pr.relu, y + plane * pr.P * pr.Q, pr.Q, scratch + worker * plan.scratch_bytes);
   });
 }
 
@@ -130,7 +133,7 @@ void dgrad_nchw(const Conv2dProblem& pr, const Conv2dPlan& plan, const T* dy, co
         const int64_t j_count = min_of<int64_t>(plan.tile_n, cols.outputs - j0);
         if (i_count <= 0 || j_count <= 0) continue;
         window_block(dy + plane * pr.P * pr.Q, rows, i0, i_count, cols, j0, j_count, w + c * pr.R * pr.S, pr.S,
-                     acc_t<T>(0), dx + plane * pr.H * pr.W, pr.W, scratch + worker * plan.scratch_bytes);
+                     acc_t<T>(0), false, dx + plane * pr.H * pr.W, pr.W, scratch + worker * plan.scratch_bytes);
       }
     }
   });
@@ -228,10 +231,10 @@ FASTCONV_INLINE void for_channels(int64_t channels, const Visit& visit, const Vi
 }
 
 // `Pixels` neighbouring outputs from (i, j) on, of every channel: out[c] = bias[c] + Σ filter[tap][c] · source[c].
-// With one pixel, taps in the padding are left out; with more, the columns of all taps lie inside.
+// With one pixel, taps in the padding are left out; with more, the columns of all taps lie inside. ReLU if asked for.
 template <typename T, int Pixels>
 void window_pixels(const T* source, const Axis& rows, int64_t i, const Axis& cols, int64_t j, int64_t channels,
-                   const acc_t<T>* weights, int64_t filter_width, const T* bias, T* out) {
+                   const acc_t<T>* weights, int64_t filter_width, const T* bias, bool with_relu, T* out) {
   const int64_t in_step = cols.step * channels, out_step = cols.out_step * channels;
   const auto for_taps = [&](const auto& visit) {
     for (int64_t a = 0; a < rows.taps; ++a) {
@@ -262,13 +265,14 @@ void window_pixels(const T* source, const Axis& rows, int64_t i, const Axis& col
           }
         });
         for (int pixel = 0; pixel < Pixels; ++pixel)
-          for (int u = 0; u < V; ++u) store(out + pixel * out_step + c + u * lanes<T>, sums[pixel][u]);
+          for (int u = 0; u < V; ++u)
+            store(out + pixel * out_step + c + u * lanes<T>, with_relu ? relu(sums[pixel][u]) : sums[pixel][u]);
       },
       [&](int64_t c) {
         for (int pixel = 0; pixel < Pixels; ++pixel) {
           acc_t<T> sum = bias ? to_acc(bias[c]) : 0;
           for_taps([&](const T* in, const acc_t<T>* weight) { sum += weight[c] * to_acc(in[pixel * in_step + c]); });
-          out[pixel * out_step + c] = from_acc<T>(sum);
+          out[pixel * out_step + c] = from_acc<T>(with_relu ? relu(sum) : sum);
         }
       });
 }
@@ -276,7 +280,7 @@ void window_pixels(const T* source, const Axis& rows, int64_t i, const Axis& col
 // One row of outputs.
 template <typename T>
 void window_row_nhwc(const T* source, const Axis& rows, int64_t i, const Axis& cols, int64_t channels,
-                     const acc_t<T>* weights, int64_t filter_width, const T* bias, T* out) {
+                     const acc_t<T>* weights, int64_t filter_width, const T* bias, bool with_relu, T* out) {
   const int64_t last = cols.first + (cols.taps - 1) * cols.inc;  // column of the last tap of output 0
   const int64_t low = min_of(cols.first, last), high = max_of(cols.first, last);
   const int64_t begin = min_of(cols.outputs, low < 0 ? ceil_div(-low, cols.step) : 0);
@@ -286,12 +290,12 @@ void window_row_nhwc(const T* source, const Axis& rows, int64_t i, const Axis& c
   const int64_t out_step = cols.out_step * channels;
   int64_t j = 0;
   const auto one = [&] {
-    window_pixels<T, 1>(source, rows, i, cols, j, channels, weights, filter_width, bias, to + j * out_step);
+    window_pixels<T, 1>(source, rows, i, cols, j, channels, weights, filter_width, bias, with_relu, to + j * out_step);
     ++j;
   };
   while (j < begin) one();
   for (; j + 4 <= end; j += 4)
-    window_pixels<T, 4>(source, rows, i, cols, j, channels, weights, filter_width, bias, to + j * out_step);
+    window_pixels<T, 4>(source, rows, i, cols, j, channels, weights, filter_width, bias, with_relu, to + j * out_step);
   while (j < cols.outputs) one();
 }
 
@@ -301,7 +305,7 @@ void fprop_nhwc(const Conv2dProblem& pr, const T* x, const T* w, const T* bias, 
   const Axis rows = fprop_rows(pr), cols = fprop_cols(pr);
   transpose_weights(pr, w, weights);
   for_each_task(parallel, pr.N * pr.P, [&](int, int64_t task) {
-    window_row_nhwc(x + task / pr.P * pr.H * pr.W * pr.C, rows, task % pr.P, cols, pr.C, weights, pr.S, bias,
+    window_row_nhwc(x + task / pr.P * pr.H * pr.W * pr.C, rows, task % pr.P, cols, pr.C, weights, pr.S, bias, pr.relu,
                     y + task * pr.Q * pr.C);
   });
 }
@@ -314,7 +318,7 @@ void dgrad_nhwc(const Conv2dProblem& pr, const T* dy, const T* w, T* dx, acc_t<T
     const Axis rows = dgrad_rows(pr, h % pr.stride_h);
     for (int64_t b = 0; b < min_of(pr.stride_w, pr.W); ++b)
       window_row_nhwc<T>(dy + n * pr.P * pr.Q * pr.C, rows, h / pr.stride_h, dgrad_cols(pr, b), pr.C, weights, pr.S,
-                         nullptr, dx + task * pr.W * pr.C);
+                         nullptr, false, dx + task * pr.W * pr.C);
   });
 }
 

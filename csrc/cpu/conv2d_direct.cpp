@@ -83,6 +83,8 @@ void fprop_nchw(const Conv2dProblem& pr, const Conv2dPlan& plan, const T* x, con
         }
       }
     }
+    if (pr.relu)
+      for (int64_t q = 0; q < pr.Q; ++q) row[q] = relu(row[q]);
     convert_row(pr.Q, row, y + task * pr.Q);
   });
 }
@@ -172,7 +174,7 @@ void fprop_nhwc(const Conv2dProblem& pr, const T* x, const T* w, const T* bias, 
           }
         }
         for (int lane = 0; lane < lanes<T>; ++lane) sum += sums[lane];
-        y[(task * pr.Q + q) * pr.K + k] = from_acc<T>(sum);
+        y[(task * pr.Q + q) * pr.K + k] = from_acc<T>(pr.relu ? relu(sum) : sum);
       }
     }
   });

@@ -168,8 +168,14 @@ void gather_channels(const Conv2dProblem& pr, const Conv2dPlan& plan, const Gath
       T* to = out + ((n * out_height + h) * out_width + w) * p.groups * produced + group * produced + m0;
       const T* b = bias ? bias + group * produced + m0 : nullptr;
       int64_t m = 0;
-      for (; m + lanes<T> <= m_count; m += lanes<T>) store(to + m, b ? load(c + m) + load(b + m) : load(c + m));
-      for (; m < m_count; ++m) to[m] = from_acc<T>(b ? c[m] + to_acc(b[m]) : c[m]);
+      for (; m + lanes<T> <= m_count; m += lanes<T>) {
+        const vec_t<T> v = b ? load(c + m) + load(b + m) : load(c + m);
+        store(to + m, pr.relu ? relu(v) : v);
+      }
+      for (; m < m_count; ++m) {
+        const E v = b ? c[m] + to_acc(b[m]) : c[m];
+        to[m] = from_acc<T>(pr.relu ? relu(v) : v);
+      }
     }
   });
 }

@@ -186,13 +186,20 @@ Planes<acc_t<T>> stage_block(const Images<const T>& source, int64_t n0, int64_t 
   return {stage, ch_count * plane, plane, col_strips.elements(), stage + n_count * ch_count * plane + slack};
 }
 
-// out[j·step] = values[j] + bias
+// out[j·step] = values[j] + bias, or ReLU of it
 template <typename T>
-FASTCONV_INLINE void write_row(const acc_t<T>* values, int64_t count, acc_t<T> bias, T* out, int64_t step) {
+FASTCONV_INLINE void write_row(const acc_t<T>* values, int64_t count, acc_t<T> bias, bool with_relu, T* out,
+                               int64_t step) {
   int64_t j = 0;
   if (step == 1)
-    for (; j + lanes<T> <= count; j += lanes<T>) store(out + j, load(values + j) + broadcast<T>(bias));
-  for (; j < count; ++j) out[j * step] = from_acc<T>(values[j] + bias);
+    for (; j + lanes<T> <= count; j += lanes<T>) {
+      const vec_t<T> v = load(values + j) + broadcast<T>(bias);
+      store(out + j, with_relu ? relu(v) : v);
+    }
+  for (; j < count; ++j) {
+    const acc_t<T> v = values[j] + bias;
+    out[j * step] = from_acc<T>(with_relu ? relu(v) : v);
+  }
 }
 
 // fprop, or all phases of dgrad: gather_of(a, b) describes one. They are tasks of one parallel region.
@@ -286,12 +293,15 @@ void gather_pixels(const Conv2dProblem& pr, const Conv2dPlan& plan, const Gather
       const E bias = g.bias ? to_acc(g.bias[channel]) : 0;
       E* values = c + m * c_row;
       if (g.out.channel == 1) {
-        if (g.bias)
-          for (int64_t at = 0; at < c_row; at += lanes<E>) store(values + at, load(values + at) + broadcast<E>(bias));
+        if (g.bias || pr.relu)
+          for (int64_t at = 0; at < c_row; at += lanes<E>) {
+            const vec_t<E> v = load(values + at) + broadcast<E>(bias);
+            store(values + at, pr.relu ? relu(v) : v);
+          }
         continue;
       }
       for (int64_t at = 0; at < lines; ++at)
-        write_row(values + at * line, j_count, bias,
+        write_row(values + at * line, j_count, bias, pr.relu,
                   g.out.at(n0 + at / i_count, channel, rows.out_first + (i0 + at % i_count) * rows.out_step,
                            cols.out_first + j0 * cols.out_step),
                   cols.out_step);

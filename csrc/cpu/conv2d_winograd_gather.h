@@ -139,7 +139,7 @@ bool winograd_gather(const Conv2dProblem& pr, const Conv2dPlan& plan, const Wino
                     [&](int k, int l) { return load(from + (k * 6 + l) * layout.products_matrix); },
                     [&](int k, int l, vec_t<E> v) {
                       zero += v * E(0);
-                      store(to + k * pitch + l * width, v + added);
+                      store(to + k * pitch + l * width, pr.relu ? relu(v + added) : v + added);
                     });
               }
             write_tiles(g, outputs, run, n, channel, channels, i * tile_out, j * tile_out);

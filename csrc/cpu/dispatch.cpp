@@ -15,6 +15,7 @@ namespace fastconv::cpu {
   extern const MaxPool2dKernels max_pool2d;                     \
   extern const AvgPool2dKernels avg_pool2d;                     \
   extern const BatchNormKernels batch_norm;                     \
+  extern const BatchNormGradientKernels batch_norm_gradients;   \
   }                                                             \
   static const Kernels isa##_kernels = {#isa,                   \
                                         &isa::conv2d_direct,    \
@@ -23,7 +24,8 @@ namespace fastconv::cpu {
                                         &isa::conv2d_winograd,  \
                                         &isa::max_pool2d,       \
                                         &isa::avg_pool2d,       \
-                                        &isa::batch_norm}
+                                        &isa::batch_norm,       \
+                                        &isa::batch_norm_gradients}
 
 FASTCONV_DECLARE_ISA(baseline);
 #if defined(__x86_64__)

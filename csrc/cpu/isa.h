@@ -195,6 +195,12 @@ FASTCONV_INLINE vec_t<T> broadcast(acc_t<T> value) {
   return value - vec_t<T>{};  // exact for −0 too, so the compiler emits the broadcast alone
 }
 
+// torch's ReLU: NaN stays NaN, −0 stays −0.
+FASTCONV_INLINE float relu(float v) { return v < 0 ? 0 : v; }
+FASTCONV_INLINE double relu(double v) { return v < 0 ? 0 : v; }
+FASTCONV_INLINE vec_t<float> relu(vec_t<float> v) { return (vec_t<float>)((mask_t<float>)v & ~(v < 0)); }
+FASTCONV_INLINE vec_t<double> relu(vec_t<double> v) { return (vec_t<double>)((mask_t<double>)v & ~(v < 0)); }
+
 // The first `count` ≤ lanes elements at p, and zeros.
 template <typename T>
 FASTCONV_INLINE vec_t<T> load_first(const T* p, int64_t count) {

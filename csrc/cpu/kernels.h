@@ -21,7 +21,8 @@ struct Parallel {
 };
 
 struct Conv2dKernels {
-  // y = x ∗ w + bias. bias (K elements of dtype) may be null. scratch: workers × plan.scratch_bytes.
+  // y = x ∗ w + bias, then ReLU where the problem says so. bias (K elements of dtype) may be null. scratch: workers ×
+  // plan.scratch_bytes.
   void (*fprop)(const Conv2dProblem&, const Conv2dPlan&, const void* x, const void* w, const void* bias, void* y,
                 void* workspace, void* scratch, const Parallel&);
   // dx = the gradient of x, every element written.
@@ -51,23 +52,30 @@ struct AvgPool2dKernels {
   void (*backward)(const AvgPool2dProblem&, const AvgPool2dPlan&, const void* dy, void* dx, const Parallel&);
 };
 
-// weight, bias, mean, invstd, running_*, dweight, dbias: C values of the statistics' type (float64 for float64 x,
-// float32 otherwise). weight, bias and the running pair may be null.
+// With problem.relu, y = ReLU(x̂·weight + bias + residual); residual: like x, or null. weight, bias, mean, invstd,
+// running_*, dweight, dbias: C values of the statistics' type (float64 for float64 x, float32 otherwise). weight, bias
+// and the running pair may be null.
 struct BatchNormKernels {
+  // affine: null, or 2·C values, scale and shift: x̂·weight + bias = (x − mean)·scale + shift.
   // y, and the batch's mean and 1/sqrt(var + eps); running = (1 − momentum)·running + momentum·batch, var unbiased.
   void (*train)(const BatchNormProblem&, const BatchNormPlan&, const void* x, const void* weight, const void* bias,
-                void* running_mean, void* running_var, double momentum, double eps, void* y, void* mean, void* invstd,
-                void* workspace, const Parallel&);
-  // y = (x − mean) / sqrt(var + eps) · weight + bias
+                void* running_mean, void* running_var, double momentum, double eps, const void* residual, void* y,
+                void* mean, void* invstd, void* affine, void* workspace, const Parallel&);
+  // y = (x − mean) / sqrt(var + eps) · weight + bias, and then as in train.
   void (*eval)(const BatchNormProblem&, const BatchNormPlan&, const void* x, const void* weight, const void* bias,
-               const void* mean, const void* var, double eps, void* y, const Parallel&);
-  // dx (if not null), dweight, dbias. training: mean and invstd depend on x; otherwise they are constants.
-  void (*backward)(const BatchNormProblem&, const BatchNormPlan&, const void* dy, const void* x, const void* weight,
-                   const void* mean, const void* invstd, bool training, void* dx, void* dweight, void* dbias,
-                   void* workspace, const Parallel&);
+               const void* mean, const void* var, double eps, const void* residual, void* y, const Parallel&);
   // moments: three rows of C float64 values, the count, the mean and Σ (x − mean)².
   void (*moments)(const BatchNormProblem&, const BatchNormPlan&, const void* x, double* moments, void* workspace,
                   const Parallel&);
+};
+
+struct BatchNormGradientKernels {
+  // dx (if not null), dweight, dbias. training: mean and invstd depend on x; otherwise they are constants.
+  // Behind a ReLU, one of affine and y says where it was positive, and with y, dz = the ReLU's own gradient is written,
+  // which is the residual's too. y, dz: like x; null otherwise. In evaluation it is y.
+  void (*backward)(const BatchNormProblem&, const BatchNormPlan&, const void* dy, const void* x, const void* weight,
+                   const void* mean, const void* invstd, const void* affine, const void* y, bool training, void* dx,
+                   void* dweight, void* dbias, void* dz, void* workspace, const Parallel&);
   // dx of training, where means has two rows of C values: ⟨dy⟩ and ⟨dy·x̂⟩, maybe over more than this dy and x.
   void (*apply_gradients)(const BatchNormProblem&, const BatchNormPlan&, const void* dy, const void* x,
                           const void* weight, const void* mean, const void* invstd, const void* means, void* dx,
@@ -83,6 +91,7 @@ struct Kernels {
   const MaxPool2dKernels* max_pool2d;
   const AvgPool2dKernels* avg_pool2d;
   const BatchNormKernels* batch_norm;
+  const BatchNormGradientKernels* batch_norm_gradients;
 };
 
 const Kernels& kernels();                   // for the best instruction set that this machine has

@@ -12,20 +12,13 @@
 // Index is int where every coordinate and offset fits, and int64_t otherwise.
 #include <algorithm>
 
-#include "index.cuh"
+#include "pool2d.cuh"
 
 namespace fastconv::cuda {
 namespace {
 
-constexpr int block_threads = 256;
 constexpr int warp_threads = 32;
 constexpr int most_slots = 32;  // NHWC: neighbouring vectors of channels in a block that shares its windows
-
-// Blocks on a multiprocessor, for the compiler's choice of registers: without a number it spills for the sake of eight.
-template <typename Index>
-constexpr int least_blocks = sizeof(Index) == 4 ? 4 : 1;
-
-__device__ __forceinline__ int64_t thread_index() { return int64_t(blockIdx.x) * block_threads + threadIdx.x; }
 
 // The elements [begin, end) of a window along one axis, and how many it counts for.
 template <typename Index>
@@ -57,36 +50,30 @@ struct Axis {
       const Index begin = by_outs.quotient(out * size), end = by_outs.quotient((out + 1) * size + outs - 1);
       return {begin, end, end - begin};
     }
-    const Index start = out * stride - pad, begin = start > 0 ? start : 0;
-    const Index stop = start + taps < size + pad ? start + taps : size + pad, end = stop < size ? stop : size;
+    const Index start = out * stride - pad, begin = max(start, Index(0));
+    const Index stop = min(start + taps, size + pad), end = min(stop, size);
     return {begin, end, include_pad ? stop - start : end - begin};
   }
   // The windows [begin, end) that have element i. An adaptive axis is its own inverse.
   __device__ __forceinline__ Window<Index> cover(Index i) const {
     if (adaptive) return {by_size.quotient(i * outs), by_size.quotient((i + 1) * outs + size - 1), 0};
-    const Index position = i + pad, end = by_stride.quotient(position) + 1;
-    return {position < taps ? 0 : by_stride.quotient(position - taps) + 1, end < outs ? end : outs, 0};
+    const Index position = i + pad;
+    const Index begin = position < taps ? 0 : by_stride.quotient(position - taps) + 1;
+    return {begin, min(by_stride.quotient(position) + 1, outs), 0};
   }
 };
 
 template <typename Index>
-struct Pool {
+struct Pool : PoolItems<Index> {
   Axis<Index> rows, columns;
   Index C;
-  double divisor;                      // 0: the number of elements
-  int64_t items = 0;                   // of the launch
-  Divide<Index> inner, middle, outer;  // an item's coordinates, fastest first: see each kernel
-  bool whole_vectors = false;          // backward NCHW: rows of dx are made of whole, aligned vectors
+  double divisor;  // 0: the number of elements
 
   explicit Pool(const AvgPool2dProblem& p)
       : rows(p.H, p.P, p.R, p.stride_h, p.pad_h, p.adaptive_h, p.count_include_pad),
         columns(p.W, p.Q, p.S, p.stride_w, p.pad_w, p.adaptive_w, p.count_include_pad),
         C(Index(p.C)),
         divisor(double(p.divisor)) {}
-  void divide(int64_t count, int64_t inner_size, int64_t middle_size, int64_t outer_size) {
-    items = count;
-    inner = Divide<Index>(inner_size), middle = Divide<Index>(middle_size), outer = Divide<Index>(outer_size);
-  }
   template <typename A>
   __device__ __forceinline__ A divisor_of(Index row_count, Index column_count) const {
     return divisor != 0 ? A(divisor) : A(row_count) * A(column_count);
@@ -253,7 +240,7 @@ __global__ void __launch_bounds__(block_threads, least_blocks<Index>)
   Vec<T, lanes> v;
 #pragma unroll
   for (int k = 0; k < lanes; ++k) {
-    const Index w = first + k < W ? first + k : W - 1;
+    const Index w = min(first + k, W - 1);
     const Window<Index> columns = pool.columns.cover(w);
     acc_t<T> sum = 0;
     for (Index p = rows.begin; p < rows.end; ++p) {
@@ -301,20 +288,6 @@ __global__ void __launch_bounds__(block_threads, least_blocks<Index>)
 
 // ---- Launching ----
 
-// Channels in the vectors of an NHWC kernel: 16 bytes, or one element where those would not be aligned.
-template <typename T>
-int channel_lanes(const AvgPool2dProblem& p, const void* a, const void* b) {
-  constexpr int lanes = 16 / sizeof(T);
-  return p.C % lanes == 0 && is_aligned(a, 16) && is_aligned(b, 16) ? lanes : 1;
-}
-
-template <typename Index, typename... P, typename... A>
-Status launch_pool(const char* name, void (*kernel)(Pool<Index>, P...), const Pool<Index>& pool, Stream stream,
-                   A... args) {
-  const dim3 grid(unsigned(ceil_div(pool.items, block_threads)));
-  return launch(name, kernel, grid, dim3(block_threads), 0, stream, pool, args...);
-}
-
 template <typename T, typename Index>
 Status forward(const AvgPool2dProblem& p, const T* x, T* y, Stream stream) {
   Pool<Index> pool(p);
@@ -323,7 +296,7 @@ Status forward(const AvgPool2dProblem& p, const T* x, T* y, Stream stream) {
     return launch_pool("avg_pool2d_forward_nchw", avg_pool2d_forward_nchw<T, Index>, pool, stream, x, y);
   }
   constexpr int wide = sizeof(Index) == 4 ? 16 / sizeof(T) : 1;
-  const int lanes = wide > 1 ? channel_lanes<T>(p, x, y) : 1;
+  const int lanes = wide > 1 ? channel_lanes<T>(p.C, x, y) : 1;
   pool.divide(p.y_elements() / lanes, p.C / lanes, p.Q, p.P);
   return launch_pool("avg_pool2d_forward_nhwc",
                      lanes == wide ? avg_pool2d_forward_nhwc<T, wide, Index> : avg_pool2d_forward_nhwc<T, 1, Index>,
@@ -340,7 +313,7 @@ Status forward_shared(const AvgPool2dProblem& p, int threads, const T* x, T* y, 
                   sizeof(WarpSums<acc_t<T>>), stream, pool, threads, x, y);
   }
   constexpr int wide = 16 / sizeof(T);
-  const int lanes = channel_lanes<T>(p, x, y);
+  const int lanes = channel_lanes<T>(p.C, x, y);
   int slot_bits = 0;
   while (1 << slot_bits < most_slots && int64_t{lanes} << slot_bits < p.C) ++slot_bits;
   const int64_t groups = ceil_div(p.C, int64_t{lanes} << slot_bits);
@@ -362,7 +335,7 @@ Status backward(const AvgPool2dProblem& p, const T* dy, T* dx, Stream stream) {
     pool.divide(p.N * p.C * p.H * segments, segments, p.H, 1);
     return launch_pool("avg_pool2d_backward_nchw", avg_pool2d_backward_nchw<T, wide, Index>, pool, stream, dy, dx);
   }
-  const int lanes = wide > 1 ? channel_lanes<T>(p, dy, dx) : 1;
+  const int lanes = wide > 1 ? channel_lanes<T>(p.C, dy, dx) : 1;
   pool.divide(p.x_elements() / lanes, p.C / lanes, p.W, p.H);
   return launch_pool("avg_pool2d_backward_nhwc",
                      lanes == wide ? avg_pool2d_backward_nhwc<T, wide, Index> : avg_pool2d_backward_nhwc<T, 1, Index>,

@@ -82,6 +82,7 @@ __device__ __forceinline__ void visit_batch(ChannelTile<width, channels>& tile, 
 }
 template <typename T, int width, int channels, typename F>
 __device__ __forceinline__ void visit(ChannelTile<width, channels> tile, const T* x, const F& f) {
+  // redundant: the last four would be visited one by one
   while (tile.left >= unroll) visit_batch<unroll>(tile, x, f);
   while (tile.left > 0) visit_batch<1>(tile, x, f);
 }

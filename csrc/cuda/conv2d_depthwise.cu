@@ -22,7 +22,7 @@ constexpr int staged_filter = 3136;  // elements of filters in shared memory: 64
 
 struct Depthwise {
   Layout layout;
-  bool dgrad;
+  bool dgrad, relu;
   bool turned;               // the filter, for dgrad with stride 1
   bool divides;              // dgrad with a stride: rows and columns that are no whole multiples have no source
   bool staged;               // NHWC: the filters of the block's channels are in shared memory
@@ -175,7 +175,7 @@ __global__ void __launch_bounds__(depthwise_threads, window != Window::any || si
     T* to = out + image * g.out.n + channel * g.out.c + row * g.out.h + column * g.out.w;
 #pragma unroll
     for (int a = 0; a < strip; ++a)
-      if (row + a < g.out_h) to[a * g.out.h] = from_acc<T>(sums[a] + offset);
+      if (row + a < g.out_h) to[a * g.out.h] = from_acc<T>(g.relu ? relu(sums[a] + offset) : sums[a] + offset);
   }
 }
 
@@ -265,6 +265,7 @@ Status gather(const Conv2dProblem& problem, const Conv2dPlan& plan, const T* in,
   Depthwise g = {};
   g.layout = p.layout;
   g.dgrad = plan.direction == Direction::dgrad;
+  g.relu = p.relu;
   g.turned = g.dgrad && p.stride_h == 1 && p.stride_w == 1;
   g.divides = g.dgrad && !g.turned;
   g.multiplier = int(p.filters_per_group());

@@ -19,7 +19,7 @@ namespace {
 struct Direct {
   DirectTile tile;
   Layout layout;
-  bool dgrad;
+  bool dgrad, relu;
   int64_t blocks, N;
   int64_t groups, in_channels, out_channels;  // of a group
   int64_t channel_tiles;                      // of a group
@@ -95,6 +95,7 @@ __global__ void __launch_bounds__(direct_threads, sizeof(T) == 8 ? 1 : 2)
   // redundant: 0 is the distance of one tap alone, which is the first
   const int64_t back_h = delta_h < 0 ? tile.h.chunk - 1 : 0, back_w = delta_w < 0 ? tile.w.chunk - 1 : 0;
 
+  // redundant: a block beyond the last is of images beyond the last
   for (int64_t block = blockIdx.x; block < g.blocks; block += gridDim.x) {
     // Blocks that share lines of memory are neighbours: the columns of NCHW, the channels of NHWC.
     int64_t rest = block, channel_tile = 0;
@@ -114,24 +115,24 @@ __global__ void __launch_bounds__(direct_threads, sizeof(T) == 8 ? 1 : 2)
       int j = pixel_thread + a * pixel_threads;
       int i = g.pixels_w.split(j);
       int n = g.pixels_h.split(i);
-      if (n >= tile.images) n = i = j = 0;  // redundant for the first of them: a window beyond the patch, not stored
+      if (n >= tile.images) n = i = j = 0;
       window[a] = int(n * tile.h.extent * patch_w + i * tile.h.patch_step * patch_w + j * tile.w.patch_step -
                       back_h * delta_h - back_w * delta_w);
     }
 
-    acc sums[4][4] = {};  // [pixel][channel]
-    for (int64_t c0 = 0; c0 < g.in_channels; c0 += tile.channels) {
+    acc sums[4][4] = {};                                             // [pixel][channel]
+    for (int64_t c0 = 0; c0 < g.in_channels; c0 += tile.channels) {  // redundant: an empty chunk adds nothing
       const int channels = int(min(g.in_channels - c0, int64_t(tile.channels)));
-      for (int64_t r0 = 0; r0 < taps_h.count; r0 += tile.h.chunk) {
+      for (int64_t r0 = 0; r0 < taps_h.count; r0 += tile.h.chunk) {  // redundant: an empty chunk adds nothing
         const int rows = int(min(taps_h.count - r0, int64_t(tile.h.chunk)));
-        for (int64_t s0 = 0; s0 < taps_w.count; s0 += tile.w.chunk) {
+        for (int64_t s0 = 0; s0 < taps_w.count; s0 += tile.w.chunk) {  // redundant: an empty chunk adds nothing
           const int columns = int(min(taps_w.count - s0, int64_t(tile.w.chunk)));
           __syncthreads();
           load_patch(g, in, shared.patch, n0, group * g.in_channels + c0, channels,
                      i0 * tile.h.step + taps_h.first + (r0 + back_h) * tile.h.delta,
                      j0 * tile.w.step + taps_w.first + (s0 + back_w) * tile.w.delta);
           const int total = tile.filters * tile.channels * tile.h.chunk * tile.w.chunk;
-          for (int i = threadIdx.x; i < total; i += direct_threads) {
+          for (int i = threadIdx.x; i < total; i += direct_threads) {  // redundant: the next element is padding
             int s = i;
             int r = g.chunk_w.split(s);
             int c = g.chunk_h.split(r);
@@ -181,7 +182,7 @@ __global__ void __launch_bounds__(direct_threads, sizeof(T) == 8 ? 1 : 2)
 #pragma unroll
         for (int b = 0; b < 4; ++b) {
           if (bias && k + b < g.out_channels) sums[a][b] += to_acc(bias[channel + b]);
-          rounded.at[b] = from_acc<T>(sums[a][b]);
+          rounded.at[b] = from_acc<T>(g.relu ? relu(sums[a][b]) : sums[a][b]);
         }
         if (g.out_quads) {
           store_quad(to, rounded);
@@ -255,7 +256,7 @@ __global__ void __launch_bounds__(direct_threads, sizeof(T) == 8 ? 1 : 2)
               inside ? int(n * tile.h.extent * patch_w + i * tile.h.patch_step * patch_w + j * tile.w.patch_step) : -1;
       }
       __syncthreads();
-      if (slice >= g.slices) continue;
+      if (slice >= g.slices) continue;  // redundant: sums of such slices are not kept, only take time
       for (int pixel = slice; pixel < pixels; pixel += g.slices) {
         const int window = shared.pixel[pixel];
         if (window < 0) continue;
@@ -314,6 +315,7 @@ Direct direct_of(const Conv2dProblem& problem, Direction direction) {
   g.tile = direct_tile(p, direction);
   g.layout = p.layout;
   g.dgrad = direction == Direction::dgrad;
+  g.relu = p.relu;
   g.N = p.N;
   g.groups = p.groups;
   g.in_channels = g.dgrad ? p.filters_per_group() : p.channels_per_group();

@@ -33,7 +33,7 @@ __global__ void conv2d_direct_naive_kernel(const Conv2dProblem p, const Strides 
       }
     }
   }
-  y[n * ys.n + k * ys.c + h * ys.h + v * ys.w] = from_acc<T>(sum);
+  y[n * ys.n + k * ys.c + h * ys.h + v * ys.w] = from_acc<T>(p.relu ? relu(sum) : sum);
 }
 
 }  // namespace

@@ -221,6 +221,7 @@ struct Im2col {
     g.c_n = nchw ? pixel_index(chunk, C) : channel_index();
     g.c_batch_stride = group_stride(C);
     g.bias = bias;
+    g.relu = p.relu;
     g.bias_batch_stride = int(C / p.groups);
     (nchw ? g.bias_m_stride : g.bias_n_stride) = 1;
     if (plan.split > 1) g.partial = sums;
@@ -236,6 +237,7 @@ struct Im2col {
     s.out = g.c, s.out_m = g.c_m, s.out_n = g.c_n, s.out_batch_stride = g.c_batch_stride;
     s.bias = g.bias, s.bias_batch_stride = g.bias_batch_stride;
     s.bias_m_stride = g.bias_m_stride, s.bias_n_stride = g.bias_n_stride;
+    s.relu = g.relu;
     return ordered_sum<T>(s, stream);
   }
 

@@ -39,6 +39,7 @@ struct Gemm {
   bool c_quads;
   const void* bias;  // may be null
   int bias_batch_stride, bias_m_stride, bias_n_stride;
+  bool relu;  // after the bias
   // … or, if not null, partial sums [splits][batches][m][pitch] in the accumulation type, pitch = n rounded up to 4;
   // row_sums, if not null, [splits][batches][m], are the sums of A's rows, which cost nothing extra.
   void* partial;
@@ -217,7 +218,7 @@ __global__ void __launch_bounds__(tile* tile / 64, gemm_blocks_per_sm<T, tile>)
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         if (bias && n + j < g.n) value.at[j] += to_acc(bias[(n + j) * g.bias_n_stride]);
-        rounded.at[j] = from_acc<T>(value.at[j]);
+        rounded.at[j] = from_acc<T>(g.relu ? relu(value.at[j]) : value.at[j]);
       }
       if (g.c_quads) {
         store_quad(out + g.c_n.offset(n), rounded);

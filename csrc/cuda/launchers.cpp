@@ -6,9 +6,13 @@ namespace fastconv::cuda {
 const Launchers* launchers() {
   static const Launchers table = {
       device_info,
-      {conv2d_direct_naive_fprop, conv2d_direct_fprop, conv2d_im2col_fprop, conv2d_depthwise_fprop, conv2d_mma_fprop},
-      {nullptr, conv2d_direct_dgrad, conv2d_im2col_dgrad, conv2d_depthwise_dgrad, conv2d_mma_dgrad},
-      {nullptr, conv2d_direct_wgrad, conv2d_im2col_wgrad, conv2d_depthwise_wgrad, conv2d_mma_wgrad},
+      {conv2d_direct_naive_fprop, conv2d_direct_fprop, conv2d_im2col_fprop, conv2d_implicit_gemm_tile_fprop,
+       conv2d_implicit_gemm_registers_fprop, conv2d_implicit_gemm_vectors_fprop, conv2d_implicit_gemm_fprop,
+       conv2d_depthwise_fprop, conv2d_mma_fprop},
+      {nullptr, conv2d_direct_dgrad, conv2d_im2col_dgrad, nullptr, nullptr, nullptr, conv2d_implicit_gemm_dgrad,
+       conv2d_depthwise_dgrad, conv2d_mma_dgrad},
+      {nullptr, conv2d_direct_wgrad, conv2d_im2col_wgrad, nullptr, nullptr, nullptr, conv2d_implicit_gemm_wgrad,
+       conv2d_depthwise_wgrad, conv2d_mma_wgrad},
       max_pool2d_forward,
       max_pool2d_backward,
       max_pool2d_indices,

@@ -27,17 +27,21 @@ struct DeviceInfo {
 };
 Status device_info(int device, DeviceInfo* info);
 
-// conv2d_direct_naive.cu, conv2d_direct.cu, conv2d_im2col.cu, conv2d_depthwise.cu, conv2d_mma.cu
+// conv2d_direct_naive.cu, conv2d_direct.cu, conv2d_im2col.cu, conv2d_implicit_gemm*.cu, conv2d_depthwise.cu,
+// conv2d_mma.cu
 using Conv2dFprop = Status(const Conv2dProblem&, const Conv2dPlan&, const void* x, const void* w, const void* bias,
                            void* y, void* workspace, Stream);
 using Conv2dDgrad = Status(const Conv2dProblem&, const Conv2dPlan&, const void* dy, const void* w, void* dx,
                            void* workspace, Stream);
 using Conv2dWgrad = Status(const Conv2dProblem&, const Conv2dPlan&, const void* dy, const void* x, void* dw, void* db,
                            void* workspace, Stream);
-Conv2dFprop conv2d_direct_naive_fprop, conv2d_direct_fprop, conv2d_im2col_fprop, conv2d_depthwise_fprop,
-    conv2d_mma_fprop;
-Conv2dDgrad conv2d_direct_dgrad, conv2d_im2col_dgrad, conv2d_depthwise_dgrad, conv2d_mma_dgrad;
-Conv2dWgrad conv2d_direct_wgrad, conv2d_im2col_wgrad, conv2d_depthwise_wgrad, conv2d_mma_wgrad;
+Conv2dFprop conv2d_direct_naive_fprop, conv2d_direct_fprop, conv2d_im2col_fprop, conv2d_implicit_gemm_tile_fprop,
+    conv2d_implicit_gemm_registers_fprop, conv2d_implicit_gemm_vectors_fprop, conv2d_implicit_gemm_fprop,
+    conv2d_depthwise_fprop, conv2d_mma_fprop;
+Conv2dDgrad conv2d_direct_dgrad, conv2d_im2col_dgrad, conv2d_implicit_gemm_dgrad, conv2d_depthwise_dgrad,
+    conv2d_mma_dgrad;
+Conv2dWgrad conv2d_direct_wgrad, conv2d_im2col_wgrad, conv2d_implicit_gemm_wgrad, conv2d_depthwise_wgrad,
+    conv2d_mma_wgrad;
 
 // max_pool2d.cu
 Status max_pool2d_forward(const MaxPool2dProblem&, const MaxPool2dPlan&, const void* x, void* y, void* offsets, Stream);
@@ -52,15 +56,18 @@ Status avg_pool2d_backward(const AvgPool2dProblem&, const AvgPool2dPlan&, const 
 
 // batch_norm.cu
 Status batch_norm_train(const BatchNormProblem&, const BatchNormPlan&, const void* x, const void* weight,
-                        const void* bias, void* running_mean, void* running_var, double momentum, double eps, void* y,
-                        void* mean, void* invstd, void* workspace, Stream);
+                        const void* bias, void* running_mean, void* running_var, double momentum, double eps,
+                        const void* residual, void* y, void* mean, void* invstd, void* affine, void* workspace, Stream);
 Status batch_norm_eval(const BatchNormProblem&, const BatchNormPlan&, const void* x, const void* weight,
-                       const void* bias, const void* mean, const void* var, double eps, void* y, Stream);
-Status batch_norm_backward(const BatchNormProblem&, const BatchNormPlan&, const void* dy, const void* x,
-                           const void* weight, const void* mean, const void* invstd, bool training, void* dx,
-                           void* dweight, void* dbias, void* workspace, Stream);
+                       const void* bias, const void* mean, const void* var, double eps, const void* residual, void* y,
+                       Stream);
 Status batch_norm_moments(const BatchNormProblem&, const BatchNormPlan&, const void* x, double* moments,
                           void* workspace, Stream);
+
+// batch_norm_gradients.cu
+Status batch_norm_backward(const BatchNormProblem&, const BatchNormPlan&, const void* dy, const void* x,
+                           const void* weight, const void* mean, const void* invstd, const void* affine, const void* y,
+                           bool training, void* dx, void* dweight, void* dbias, void* dz, void* workspace, Stream);
 Status batch_norm_backward_apply(const BatchNormProblem&, const BatchNormPlan&, const void* dy, const void* x,
                                  const void* weight, const void* mean, const void* invstd, const void* means, void* dx,
                                  Stream);

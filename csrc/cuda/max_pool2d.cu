@@ -14,25 +14,17 @@
 // Index is int where every coordinate and offset fits, and int64_t otherwise.
 #include <algorithm>
 
-#include "index.cuh"
+#include "pool2d.cuh"
 
 namespace fastconv::cuda {
 namespace {
 
-constexpr int block_threads = 256;
 constexpr int outputs_a_thread = 2;  // NCHW forward: half a row apart, so that neighbours in the warp stay neighbours
 
-// Blocks on a multiprocessor, for the compiler's choice of registers: without a number it spills for the sake of eight.
 template <typename Index>
-constexpr int least_blocks = sizeof(Index) == 4 ? 4 : 1;
-
-template <typename Index>
-struct Pool {
+struct Pool : PoolItems<Index> {
   Index C, H, W, R, S, P, Q, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
-  int64_t threads = 0;                 // work items of the launch
-  Divide<Index> inner, middle, outer;  // an item's coordinates, fastest first: see each kernel
   Divide<Index> by_stride_h, by_stride_w, by_dilation_h, by_dilation_w, by_width;
-  bool whole_vectors = false;  // backward NCHW: rows of dx are made of whole, aligned vectors
 
   explicit Pool(const MaxPool2dProblem& p)
       : C(Index(p.C)),
@@ -53,10 +45,6 @@ struct Pool {
         by_dilation_h(p.dilation_h),
         by_dilation_w(p.dilation_w),
         by_width(p.S) {}
-  void divide(int64_t items, int64_t inner_size, int64_t middle_size, int64_t outer_size) {
-    threads = items;
-    inner = Divide<Index>(inner_size), middle = Divide<Index>(middle_size), outer = Divide<Index>(outer_size);
-  }
 };
 
 bool fits_int(const MaxPool2dProblem& p) {
@@ -71,8 +59,6 @@ template <typename Index>
 __device__ __forceinline__ bool is_inside(Index i, Index size) {
   return i >= 0 && i < size;
 }
-
-__device__ __forceinline__ int64_t thread_index() { return int64_t(blockIdx.x) * block_threads + threadIdx.x; }
 
 // The argmax of each output, in 1, 2 or 4 bytes; 0 bytes where none is kept.
 struct Offsets {
@@ -139,7 +125,7 @@ template <typename T, int taps, typename Index>
 __global__ void __launch_bounds__(block_threads, least_blocks<Index>)
     max_pool2d_forward_nchw(const __grid_constant__ Pool<Index> pool, const T* __restrict__ x, T* __restrict__ y,
                             Offsets offsets) {
-  if (thread_index() >= pool.threads) return;
+  if (thread_index() >= pool.items) return;
   Index column = Index(thread_index());
   Index p = pool.inner.split(column);
   const Index plane = pool.middle.split(p), columns = ceil_div(pool.Q, Index(outputs_a_thread));
@@ -176,7 +162,7 @@ template <typename T, int lanes, int taps, typename Index>
 __global__ void __launch_bounds__(block_threads, least_blocks<Index>)
     max_pool2d_forward_nhwc(const __grid_constant__ Pool<Index> pool, const T* __restrict__ x, T* __restrict__ y,
                             Offsets offsets) {
-  if (thread_index() >= pool.threads) return;
+  if (thread_index() >= pool.items) return;
   Index c = Index(thread_index());
   const Index output = c * lanes;
   Index q = pool.inner.split(c);
@@ -229,7 +215,7 @@ template <typename T, int lanes, typename Index>
 __global__ void __launch_bounds__(block_threads, least_blocks<Index>)
     max_pool2d_backward_nchw(const __grid_constant__ Pool<Index> pool, const T* __restrict__ dy, const Offsets offsets,
                              T* __restrict__ dx) {
-  if (thread_index() >= pool.threads) return;
+  if (thread_index() >= pool.items) return;
   Index segment = Index(thread_index());
   Index h = pool.inner.split(segment);
   const Index plane = pool.middle.split(h), w = segment * lanes;
@@ -267,7 +253,7 @@ template <typename T, int lanes, typename Index>
 __global__ void __launch_bounds__(block_threads, least_blocks<Index>)
     max_pool2d_backward_nhwc(const __grid_constant__ Pool<Index> pool, const T* __restrict__ dy, const Offsets offsets,
                              T* __restrict__ dx) {
-  if (thread_index() >= pool.threads) return;
+  if (thread_index() >= pool.items) return;
   Index c = Index(thread_index());
   const Index input = c * lanes;
   Index w = pool.inner.split(c);
@@ -319,7 +305,7 @@ __global__ void __launch_bounds__(block_threads)
     max_pool2d_indices_kernel(const __grid_constant__ Pool<int64_t> pool, const Offsets offsets,
                               int64_t* __restrict__ indices) {
   const int64_t i = thread_index();
-  if (i >= pool.threads) return;
+  if (i >= pool.items) return;
   const Maximum maximum(pool, offsets, i);
   indices[i] = max(maximum.position, int64_t{0});
 }
@@ -329,7 +315,7 @@ __global__ void __launch_bounds__(block_threads)
     max_pool2d_gather_kernel(const __grid_constant__ Pool<int64_t> pool, const T* __restrict__ x, const Offsets offsets,
                              T* __restrict__ y) {
   const int64_t i = thread_index();
-  if (i >= pool.threads) return;
+  if (i >= pool.items) return;
   const Maximum maximum(pool, offsets, i);
   const int64_t channels = pool.inner.d;
   y[i] = maximum.position < 0 ? from_acc<T>(0)
@@ -340,19 +326,9 @@ Offsets offsets_of(const MaxPool2dProblem& p, const void* offsets) {
   return {const_cast<void*>(offsets), offsets ? p.offset_bytes : 0};
 }
 
-// Channels in the vectors of an NHWC kernel: 16 bytes, or one element where those would not be aligned.
 template <typename T>
 int channel_lanes(const MaxPool2dProblem& p, const void* a, const void* b, const void* offsets) {
-  constexpr int lanes = 16 / sizeof(T);
-  const bool aligned = is_aligned(a, 16) && is_aligned(b, 16) && is_aligned(offsets, lanes);
-  return p.C % lanes == 0 && aligned ? lanes : 1;
-}
-
-template <typename Index, typename... P, typename... A>
-Status launch_pool(const char* name, void (*kernel)(Pool<Index>, P...), const Pool<Index>& pool, Stream stream,
-                   A... args) {
-  const dim3 grid(unsigned(ceil_div(pool.threads, block_threads)));
-  return launch(name, kernel, grid, dim3(block_threads), 0, stream, pool, args...);
+  return is_aligned(offsets, 16 / sizeof(T)) ? cuda::channel_lanes<T>(p.C, a, b) : 1;
 }
 
 template <typename T, int taps, typename Index>

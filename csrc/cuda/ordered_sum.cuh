@@ -16,6 +16,7 @@ struct OrderedSum {
   int64_t out_batch_stride;
   const void* bias;  // may be null
   int64_t bias_batch_stride, bias_m_stride, bias_n_stride;
+  bool relu;  // of that
 };
 
 // A block's threads: 32 neighbouring results times eight runs of the splits.
@@ -49,7 +50,8 @@ __global__ void __launch_bounds__(sum_results* sum_runs) ordered_sum_kernel(cons
   if (s.bias)
     sum +=
         to_acc(static_cast<const T*>(s.bias)[batch * s.bias_batch_stride + m * s.bias_m_stride + n * s.bias_n_stride]);
-  static_cast<T*>(s.out)[batch * s.out_batch_stride + s.out_m.offset(m) + s.out_n.offset(n)] = from_acc<T>(sum);
+  static_cast<T*>(s.out)[batch * s.out_batch_stride + s.out_m.offset(m) + s.out_n.offset(n)] =
+      from_acc<T>(s.relu ? relu(sum) : sum);
 }
 
 template <typename T>

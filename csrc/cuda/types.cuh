@@ -44,6 +44,12 @@ __device__ __forceinline__ __nv_bfloat16 from_acc<__nv_bfloat16>(float v) {
   return __float2bfloat16_rn(v);
 }
 
+// torch's ReLU: NaN stays NaN, −0 stays −0.
+template <typename A>
+__device__ __forceinline__ A relu(A v) {
+  return v < A(0) ? A(0) : v;
+}
+
 // n elements that one instruction loads or stores: n · sizeof(T) is 1, 2, 4, 8 or 16, the address a multiple of it.
 template <typename T, int n>
 struct alignas(n * sizeof(T)) Vec {

@@ -1,4 +1,5 @@
-// batch_norm_train, batch_norm_eval, batch_norm_backward, and the steps of training that several machines exchange sums
+// batch_norm_train, batch_norm_eval, batch_norm_backward; the same with a residual and ReLU, batch_norm_act_train,
+// batch_norm_act_eval, batch_norm_act_backward; and the steps of training that several machines exchange sums
 // between: batch_norm_moments, batch_norm_backward_sums, batch_norm_backward_apply. Validate → allocate → plan →
 // launch.
 #include <stdexcept>
@@ -52,14 +53,31 @@ BatchNormProblem problem_of(const Tensor& x, bool channels_last) {
 
 Tensor workspace_of(const BatchNormPlan& plan, const Tensor& like) { return empty_bytes(plan.workspace_bytes, like); }
 
-}  // namespace
+// What comes behind: nothing, or a residual, which may be absent, and ReLU.
+struct Activation {
+  bool relu = false;
+  const std::optional<Tensor>* residual = nullptr;
 
-std::tuple<Tensor, Tensor, Tensor> batch_norm_train(const Tensor& x, const std::optional<Tensor>& weight,
-                                                    const std::optional<Tensor>& bias,
-                                                    const std::optional<Tensor>& running_mean,
-                                                    const std::optional<Tensor>& running_var, double momentum,
-                                                    double eps, bool channels_last) {
-  const BatchNormProblem problem = problem_of(x, channels_last);
+  // The residual in the problem's layout.
+  std::optional<Tensor> dense(const Tensor& x, const BatchNormProblem& problem) const {
+    if (!residual || !*residual) return std::nullopt;
+    check_same_device(x, **residual);
+    if (sizes_of(**residual) != sizes_of(x) || (*residual)->scalar_type() != x.scalar_type())
+      throw std::runtime_error("fastconv: expected residual like x, of size " + format_sizes(sizes_of(x)) +
+                               ", but got " + format_sizes(sizes_of(**residual)));
+    return in_layout(**residual, problem.layout);
+  }
+};
+
+struct Trained {
+  Tensor y, mean, invstd, affine;
+};
+
+Trained train(const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+              const std::optional<Tensor>& running_mean, const std::optional<Tensor>& running_var, double momentum,
+              double eps, bool channels_last, const Activation& activation) {
+  BatchNormProblem problem = problem_of(x, channels_last);
+  problem.relu = activation.relu;
   if (running_mean.has_value() != running_var.has_value())
     throw std::invalid_argument("running_mean and running_var must either both be None or neither be None");
   if (running_mean) check_statistics("running_mean", *running_mean, problem);
@@ -74,10 +92,18 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_train(const Tensor& x, const std::
   Tensor y = empty(sizes_of(x), problem.layout, x.scalar_type(), x);
   Tensor mean = empty({problem.C}, Layout::NCHW, statistics, x);
   Tensor invstd = empty({problem.C}, Layout::NCHW, statistics, x);
+  const std::optional<Tensor> residual = activation.dense(x, problem);
+  Tensor affine;
+  void* affine_data = nullptr;
+  if (activation.relu) {
+    affine = empty({residual ? 0 : 2, problem.C}, Layout::NCHW, statistics, x);
+    if (!residual) affine_data = mutable_data(affine);
+  }
   if (problem.x_elements() == 0) {  // no value, so nothing to learn from: the running statistics stay
     torch::stable::zero_(mean);
     torch::stable::zero_(invstd);
-    return {y, mean, invstd};
+    if (activation.relu) torch::stable::zero_(affine);
+    return {y, mean, invstd, affine};
   }
   const Tensor workspace = workspace_of(plan, x);
   const std::optional<Tensor> gamma = as_statistics(weight, problem), beta = as_statistics(bias, problem);
@@ -85,13 +111,15 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_train(const Tensor& x, const std::
   const std::optional<Tensor> new_mean = as_statistics(running_mean, problem);
   const std::optional<Tensor> new_var = as_statistics(running_var, problem);
   if (device.target.cuda)
-    check(cuda::launchers()->batch_norm_train(
-        problem, plan, data(x_dense), data(gamma), data(beta), mutable_data(new_mean), mutable_data(new_var), momentum,
-        eps, mutable_data(y), mutable_data(mean), mutable_data(invstd), mutable_data(workspace), device.stream));
+    check(cuda::launchers()->batch_norm_train(problem, plan, data(x_dense), data(gamma), data(beta),
+                                              mutable_data(new_mean), mutable_data(new_var), momentum, eps,
+                                              data(residual), mutable_data(y), mutable_data(mean), mutable_data(invstd),
+                                              affine_data, mutable_data(workspace), device.stream));
   else
     cpu::kernels().batch_norm->train(problem, plan, data(x_dense), data(gamma), data(beta), mutable_data(new_mean),
-                                     mutable_data(new_var), momentum, eps, mutable_data(y), mutable_data(mean),
-                                     mutable_data(invstd), mutable_data(workspace), device.parallel);
+                                     mutable_data(new_var), momentum, eps, data(residual), mutable_data(y),
+                                     mutable_data(mean), mutable_data(invstd), affine_data, mutable_data(workspace),
+                                     device.parallel);
   const auto write_back = [](const std::optional<Tensor>& kept, const std::optional<Tensor>& updated) {
     if (!kept || data(*kept) == data(*updated)) return;
     Tensor target = *kept;
@@ -99,12 +127,14 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_train(const Tensor& x, const std::
   };
   write_back(running_mean, new_mean);
   write_back(running_var, new_var);
-  return {y, mean, invstd};
+  return {y, mean, invstd, affine};
 }
 
-Tensor batch_norm_eval(const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
-                       const Tensor& running_mean, const Tensor& running_var, double eps, bool channels_last) {
-  const BatchNormProblem problem = problem_of(x, channels_last);
+Tensor evaluate(const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+                const Tensor& running_mean, const Tensor& running_var, double eps, bool channels_last,
+                const Activation& activation) {
+  BatchNormProblem problem = problem_of(x, channels_last);
+  problem.relu = activation.relu;
   check_statistics("running_mean", running_mean, problem);
   check_statistics("running_var", running_var, problem);
   if (weight) check_parameter("weight", *weight, problem);
@@ -118,12 +148,13 @@ Tensor batch_norm_eval(const Tensor& x, const std::optional<Tensor>& weight, con
   if (problem.x_elements() == 0) return y;
   const std::optional<Tensor> gamma = as_statistics(weight, problem), beta = as_statistics(bias, problem);
   const std::optional<Tensor> mean = as_statistics(kept_mean, problem), var = as_statistics(kept_var, problem);
+  const std::optional<Tensor> residual = activation.dense(x, problem);
   if (device.target.cuda)
     check(cuda::launchers()->batch_norm_eval(problem, plan, data(x_dense), data(gamma), data(beta), data(mean),
-                                             data(var), eps, mutable_data(y), device.stream));
+                                             data(var), eps, data(residual), mutable_data(y), device.stream));
   else
     cpu::kernels().batch_norm->eval(problem, plan, data(x_dense), data(gamma), data(beta), data(mean), data(var), eps,
-                                    mutable_data(y), device.parallel);
+                                    data(residual), mutable_data(y), device.parallel);
   return y;
 }
 
@@ -133,12 +164,23 @@ void check_gradient(const Tensor& dy, const Tensor& x) {
                              format_sizes(sizes_of(dy)));
 }
 
+struct Gradients {
+  Tensor dx, dweight, dbias, dz;
+};
+
 // The gradients of weight and bias come in the statistics' dtype, whether or not there is a weight.
-std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& dy, const Tensor& x,
-                                                       const std::optional<Tensor>& weight, const Tensor& mean,
-                                                       const Tensor& invstd, bool training, bool channels_last) {
-  const BatchNormProblem problem = problem_of(x, channels_last);
+Gradients backward(const Tensor& dy, const Tensor& x, const std::optional<Tensor>& weight, const Tensor& mean,
+                   const Tensor& invstd, bool relu, const std::optional<Tensor>& affine, const std::optional<Tensor>& y,
+                   bool training, bool channels_last) {
+  BatchNormProblem problem = problem_of(x, channels_last);
+  problem.relu = relu;
   check_gradient(dy, x);
+  if (y) check_gradient(*y, x);
+  if (relu && (y.has_value() == affine.has_value() || (!training && !y)))
+    throw std::runtime_error("fastconv: expected either affine or y, and y in evaluation");
+  if (affine && sizes_of(*affine) != Sizes{2, problem.C})
+    throw std::runtime_error("fastconv: expected affine of size " + format_sizes({2, problem.C}) + ", but got " +
+                             format_sizes(sizes_of(*affine)));
   check_parameter("mean", mean, problem);
   check_parameter("invstd", invstd, problem);
   if (weight) check_parameter("weight", *weight, problem);
@@ -149,23 +191,77 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& dy, const T
   Tensor dx = empty(sizes_of(x), problem.layout, x.scalar_type(), x);
   Tensor dweight = empty({problem.C}, Layout::NCHW, statistics, x);
   Tensor dbias = empty({problem.C}, Layout::NCHW, statistics, x);
+  Tensor dz;
+  if (relu)
+    dz = y ? empty(sizes_of(x), problem.layout, x.scalar_type(), x) : empty({0}, Layout::NCHW, x.scalar_type(), x);
   if (problem.x_elements() == 0) {
     torch::stable::zero_(dweight);
     torch::stable::zero_(dbias);
-    return {dx, dweight, dbias};
+    return {dx, dweight, dbias, dz};
   }
+  const std::optional<Tensor> y_dense = y ? std::optional(in_layout(*y, problem.layout)) : std::nullopt;
+  const std::optional<Tensor> affine_dense = as_statistics(affine, problem);
+  void* dz_data = y ? mutable_data(dz) : nullptr;
   const Tensor workspace = workspace_of(plan, x);
   const std::optional<Tensor> gamma = as_statistics(weight, problem);
   const Tensor mean_dense = convert(mean, statistics), invstd_dense = convert(invstd, statistics);
   if (device.target.cuda)
-    check(cuda::launchers()->batch_norm_backward(
-        problem, plan, data(dy_dense), data(x_dense), data(gamma), data(mean_dense), data(invstd_dense), training,
-        mutable_data(dx), mutable_data(dweight), mutable_data(dbias), mutable_data(workspace), device.stream));
+    check(cuda::launchers()->batch_norm_backward(problem, plan, data(dy_dense), data(x_dense), data(gamma),
+                                                 data(mean_dense), data(invstd_dense), data(affine_dense),
+                                                 data(y_dense), training, mutable_data(dx), mutable_data(dweight),
+                                                 mutable_data(dbias), dz_data, mutable_data(workspace), device.stream));
   else
-    cpu::kernels().batch_norm->backward(problem, plan, data(dy_dense), data(x_dense), data(gamma), data(mean_dense),
-                                        data(invstd_dense), training, mutable_data(dx), mutable_data(dweight),
-                                        mutable_data(dbias), mutable_data(workspace), device.parallel);
-  return {dx, dweight, dbias};
+    cpu::kernels().batch_norm_gradients->backward(
+        problem, plan, data(dy_dense), data(x_dense), data(gamma), data(mean_dense), data(invstd_dense),
+        data(affine_dense), data(y_dense), training, mutable_data(dx), mutable_data(dweight), mutable_data(dbias),
+        dz_data, mutable_data(workspace), device.parallel);
+  return {dx, dweight, dbias, dz};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm_train(const Tensor& x, const std::optional<Tensor>& weight,
+                                                    const std::optional<Tensor>& bias,
+                                                    const std::optional<Tensor>& running_mean,
+                                                    const std::optional<Tensor>& running_var, double momentum,
+                                                    double eps, bool channels_last) {
+  const Trained t = train(x, weight, bias, running_mean, running_var, momentum, eps, channels_last, {});
+  return {t.y, t.mean, t.invstd};
+}
+
+Tensor batch_norm_eval(const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+                       const Tensor& running_mean, const Tensor& running_var, double eps, bool channels_last) {
+  return evaluate(x, weight, bias, running_mean, running_var, eps, channels_last, {});
+}
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& dy, const Tensor& x,
+                                                       const std::optional<Tensor>& weight, const Tensor& mean,
+                                                       const Tensor& invstd, bool training, bool channels_last) {
+  const Gradients g = backward(dy, x, weight, mean, invstd, false, std::nullopt, std::nullopt, training, channels_last);
+  return {g.dx, g.dweight, g.dbias};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_train(const Tensor& x, const std::optional<Tensor>& weight,
+                                                                const std::optional<Tensor>& bias,
+                                                                const std::optional<Tensor>& running_mean,
+                                                                const std::optional<Tensor>& running_var,
+                                                                const std::optional<Tensor>& residual, double momentum,
+                                                                double eps, bool channels_last) {
+  const Trained t = train(x, weight, bias, running_mean, running_var, momentum, eps, channels_last, {true, &residual});
+  return {t.y, t.mean, t.invstd, t.affine};
+}
+
+Tensor batch_norm_act_eval(const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+                           const Tensor& running_mean, const Tensor& running_var, const std::optional<Tensor>& residual,
+                           double eps, bool channels_last) {
+  return evaluate(x, weight, bias, running_mean, running_var, eps, channels_last, {true, &residual});
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward(
+    const Tensor& dy, const Tensor& x, const std::optional<Tensor>& weight, const Tensor& mean, const Tensor& invstd,
+    const std::optional<Tensor>& affine, const std::optional<Tensor>& y, bool training, bool channels_last) {
+  const Gradients g = backward(dy, x, weight, mean, invstd, true, affine, y, training, channels_last);
+  return {g.dx, g.dweight, g.dbias, g.dz};
 }
 
 // Three rows of C values: the count, the mean and Σ (x − mean)², all zero where there is no x. In float64, so that
@@ -212,12 +308,12 @@ Tensor batch_norm_backward_sums(const Tensor& dy, const Tensor& x, const Tensor&
   void* sum_dyx = static_cast<char*>(sum_dy) + problem.C * (statistics == ScalarType::Double ? 8 : 4);
   if (device.target.cuda)
     check(cuda::launchers()->batch_norm_backward(problem, plan, data(dy_dense), data(x_dense), nullptr,
-                                                 data(mean_dense), data(invstd_dense), true, nullptr, sum_dyx, sum_dy,
-                                                 mutable_data(workspace), device.stream));
+                                                 data(mean_dense), data(invstd_dense), nullptr, nullptr, true, nullptr,
+                                                 sum_dyx, sum_dy, nullptr, mutable_data(workspace), device.stream));
   else
-    cpu::kernels().batch_norm->backward(problem, plan, data(dy_dense), data(x_dense), nullptr, data(mean_dense),
-                                        data(invstd_dense), true, nullptr, sum_dyx, sum_dy, mutable_data(workspace),
-                                        device.parallel);
+    cpu::kernels().batch_norm_gradients->backward(problem, plan, data(dy_dense), data(x_dense), nullptr,
+                                                  data(mean_dense), data(invstd_dense), nullptr, nullptr, true, nullptr,
+                                                  sum_dyx, sum_dy, nullptr, mutable_data(workspace), device.parallel);
   return sums;
 }
 
@@ -246,13 +342,16 @@ Tensor batch_norm_backward_apply(const Tensor& dy, const Tensor& x, const std::o
                                                        data(mean_dense), data(invstd_dense), data(means_dense),
                                                        mutable_data(dx), device.stream));
   else
-    cpu::kernels().batch_norm->apply_gradients(problem, plan, data(dy_dense), data(x_dense), data(gamma),
-                                               data(mean_dense), data(invstd_dense), data(means_dense),
-                                               mutable_data(dx), device.parallel);
+    cpu::kernels().batch_norm_gradients->apply_gradients(problem, plan, data(dy_dense), data(x_dense), data(gamma),
+                                                         data(mean_dense), data(invstd_dense), data(means_dense),
+                                                         mutable_data(dx), device.parallel);
   return dx;
 }
 
 #define FASTCONV_REGISTER(m)                                                \
+  m.impl("batch_norm_act_train", TORCH_BOX(&batch_norm_act_train));         \
+  m.impl("batch_norm_act_eval", TORCH_BOX(&batch_norm_act_eval));           \
+  m.impl("batch_norm_act_backward", TORCH_BOX(&batch_norm_act_backward));   \
   m.impl("batch_norm_train", TORCH_BOX(&batch_norm_train));                 \
   m.impl("batch_norm_eval", TORCH_BOX(&batch_norm_eval));                   \
   m.impl("batch_norm_backward", TORCH_BOX(&batch_norm_backward));           \

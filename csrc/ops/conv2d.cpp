@@ -65,10 +65,11 @@ void check_dy(const Tensor& dy, const Conv2dProblem& p) {
 
 Tensor conv2d_fprop(const Tensor& x, const Tensor& w, const std::optional<Tensor>& bias, const Sizes& stride,
                     const Sizes& padding, const Sizes& dilation, int64_t groups, bool channels_last, bool allow_tf32,
-                    const std::optional<std::string>& algo) {
+                    const std::optional<std::string>& algo, bool relu) {
   const Config config{stride, padding, dilation, groups, channels_last, allow_tf32, algo};
-  const Conv2dProblem problem =
+  Conv2dProblem problem =
       problem_of(sizes_of(x), sizes_of(w), bias ? std::optional(sizes_of(*bias)) : std::nullopt, dtype_of(x), config);
+  problem.relu = relu;
   check_same_type(x, w);
   if (bias && bias->scalar_type() != x.scalar_type())
     throw std::runtime_error("Input type (" + scalar_type_name(x) + ") and bias type (" + scalar_type_name(*bias) +

@@ -1,7 +1,7 @@
 // How a convolution is done on a GPU.
 //
 // depthwise where every group has one channel and few filters; a matrix product where the filters of a group fill
-// enough of its tile, on tensor cores (mma) where they multiply the dtype, else im2col; else direct, which can do
+// enough of its tile, on tensor cores (mma, planned in conv2d_mma.cpp) or else by im2col; else direct, which can do
 // everything. What is measured in multiply-adds below is a model of the time on one multiprocessor (SM), whose figures
 // are rounded from those of an H100; only their ratios matter.
 #include "conv2d_cuda.h"
@@ -9,6 +9,7 @@
 #include <limits>
 #include <stdexcept>
 
+#include "conv2d_implicit_gemm.h"
 #include "conv2d_mma.h"
 
 namespace fastconv {
@@ -52,7 +53,6 @@ struct ProductModel {
   double launch_cost;  // one more launch
 };
 constexpr ProductModel gemm_model = {{128, 1.0, 1}, {64, 0.75, 4}, 8, 64, 6, 640e3};
-constexpr ProductModel mma_model = {{128, 1.0, 2}, {64, 0.6, 4}, 32, 256, 96, 10e6};
 
 // The tile and the number of splits that the model finds fastest.
 void choose_tile(const Product& g, const ProductModel& model, const Target& target, DType dtype, Conv2dPlan* plan) {
@@ -104,15 +104,7 @@ void plan_im2col(const Conv2dProblem& p, const Target& target, Conv2dPlan* plan)
   choose_tile(product_of(p, plan->direction), gemm_model, target, p.dtype, plan);
   plan->workspace_bytes = im2col_chunks(p, plan->direction, plan->split).workspace_bytes();
   plan->kernel = "gemm_kernel";
-}
-
-void plan_mma(const Conv2dProblem& p, const Target& target, Conv2dPlan* plan) {
-  const MmaProduct g = mma_product(p, plan->direction);
-  // The partial sums of several phases would lie in a strided order that ordered_sum.cuh does not know.
-  choose_tile({g.m, g.n, g.k, g.groups * g.phases, g.phases == 1, false}, mma_model, target, p.dtype, plan);
-  plan->tile_k = int(64 / element_bytes(p.dtype));
-  plan->workspace_bytes = mma_workspace(p, plan->direction, plan->split).end;
-  plan->kernel = "conv2d_mma_kernel";
+  plan->predicted_us = im2col_time_us(p, target, *plan);
 }
 
 void plan_depthwise(const Conv2dProblem& p, const Target& target, Conv2dPlan* plan) {
@@ -128,16 +120,34 @@ void plan_depthwise(const Conv2dProblem& p, const Target& target, Conv2dPlan* pl
 
 std::string text(const char* what, int64_t value) { return std::string(what) + " = " + std::to_string(value); }
 
+bool counts_pixels_in_32_bits(const Conv2dProblem& p) {
+  return counts_in_32_bits(p) && p.N * std::max(p.P * p.Q, p.H * p.W) <= int64_t{1} << 30;
+}
+
+// The rung that computes a direction for which an algorithm has no kernel.
+Algo nearest(Algo algo, Direction direction, const Target& target) {
+  if (direction == Direction::fprop) return algo;
+  switch (algo) {
+    case Algo::direct_naive: return Algo::direct;
+    case Algo::implicit_gemm_tile:
+    case Algo::implicit_gemm_registers:
+    case Algo::implicit_gemm_vectors: return target.sm < 80 ? Algo::im2col : Algo::implicit_gemm;
+    default: return algo;
+  }
+}
+
 // Why an algorithm cannot do a problem; empty if it can.
 std::string obstacle(const Conv2dProblem& p, const Target& target, Algo algo) {
   if (algo == Algo::mma) {
     if (target.sm < 80) return "needs compute capability 8.0 or newer, and this is " + text("sm", target.sm);
-    if (p.dtype == DType::float64) return "multiplies float16, bfloat16 and tf32, and this is float64";
-    if (p.dtype == DType::float32 && !p.allow_tf32)
-      return "would round float32 to tf32, which torch.backends.cudnn.conv.fp32_precision does not allow";
-    constexpr int64_t most = int64_t{1} << 30;
-    if (counts_in_32_bits(p) && p.N * std::max(p.P * p.Q, p.H * p.W) <= most) return "";
-    return "counts the pixels of all images in 32 bits, which are too few here";
+    if (counts_pixels_in_32_bits(p) && p.R * p.S * (p.C + p.K) <= int64_t{1} << 27) return "";
+    return "counts taps and the pixels of all images in 32 bits, which are too few here";
+  }
+  if (algo >= Algo::implicit_gemm_tile && algo <= Algo::implicit_gemm) {
+    if (element_bytes(p.dtype) < 4) return std::string("multiplies float32 and float64, and this is ") + name(p.dtype);
+    if (algo == Algo::implicit_gemm && target.sm < 80)
+      return "copies by cp.async, which needs compute capability 8.0 or newer, and this is " + text("sm", target.sm);
+    if (!counts_pixels_in_32_bits(p)) return "counts the pixels of all images in 32 bits, which are too few here";
   }
   if (algo == Algo::depthwise && p.channels_per_group() != 1)
     return text("needs one channel a group, and C/groups", p.channels_per_group());
@@ -146,7 +156,35 @@ std::string obstacle(const Conv2dProblem& p, const Target& target, Algo algo) {
   return "";
 }
 
-constexpr int64_t most_depthwise_filters = 4, fewest_product_filters = 32;
+constexpr int64_t most_depthwise_filters = 4, fewest_product_filters = 32, fewest_mma_filters = 8;
+
+// Why tensor cores are not taken unasked for a problem that they can do; empty if they are.
+std::string mma_misfit(const Conv2dProblem& p, Direction direction, const Target& target) {
+  if (p.dtype == DType::float32 && !p.allow_tf32)
+    return "float32 is three products of tf32 each: not taken until hardware has shown its accuracy";
+  if (p.dtype == DType::float64 && target.sm != 80 && target.sm != 90 && target.sm != 100)
+    return "float64 is slow on the tensor cores of " + text("sm", target.sm);
+  if (p.filters_per_group() < (p.dtype == DType::float64 ? fewest_product_filters : fewest_mma_filters))
+    return text("the product would waste most of the narrowest tile, as K/groups", p.filters_per_group());
+  const int64_t copies = mma_workspace(p, direction, 1).end;
+  return copies <= most_copies_bytes ? "" : text("copies to NHWC would take too much memory, bytes", copies);
+}
+
+// Why implicit GEMM is not taken unasked for a problem that it can do; empty if it is.
+std::string implicit_gemm_misfit(const Conv2dProblem& p, Direction direction, const Target& target) {
+  if (!obstacle(p, target, Algo::implicit_gemm).empty()) return "";
+  if (p.filters_per_group() < fewest_product_filters)
+    return text("the product would waste most of its tile, as K/groups", p.filters_per_group());
+  if (is_identity(p)) return "x is its own matrix of windows, so that im2col has none to make";
+  Conv2dPlan im2col, implicit_gemm;
+  im2col.direction = implicit_gemm.direction = direction;
+  plan_im2col(p, target, &im2col);
+  plan_implicit_gemm(p, target, &implicit_gemm);
+  if (implicit_gemm.predicted_us <= im2col.predicted_us) return "";
+  return text("looking windows up is slower than copying them, by the model in µs",
+              int64_t(implicit_gemm.predicted_us)) +
+         text(" against", int64_t(im2col.predicted_us));
+}
 
 }  // namespace
 
@@ -163,11 +201,10 @@ Conv2dPlan plan_conv2d_cuda(const Conv2dProblem& problem, Direction direction, c
   if (algo) {
     if (const std::string why = obstacle(p, target, *algo); !why.empty())
       throw std::invalid_argument(std::string("algo '") + name(*algo) + "' cannot do this convolution: it " + why);
-    plan.algo = *algo;
-    if (*algo == Algo::direct_naive && direction != Direction::fprop) {
-      plan.algo = Algo::direct;
+    plan.algo = nearest(*algo, direction, target);
+    if (plan.algo != *algo) {
       say(*algo, false, std::string("asked for, but has no kernel for ") + name(direction));
-      say(Algo::direct, true, "the nearest to direct_naive");
+      say(plan.algo, true, std::string("the nearest to ") + name(*algo));
     } else {
       say(*algo, true, "asked for");
     }
@@ -186,13 +223,16 @@ Conv2dPlan plan_conv2d_cuda(const Conv2dProblem& problem, Direction direction, c
     };
     consider(Algo::depthwise, filters <= most_depthwise_filters, "one channel a group: limited by memory",
              text("reads an input again for each of its filters, and K/groups", filters));
-    const int64_t copies = target.sm < 80 ? 0 : mma_workspace(p, direction, 1).end;
-    consider(Algo::mma, filters >= fewest_product_filters && copies <= most_copies_bytes,
+    const std::string misfit = target.sm < 80 ? "" : mma_misfit(p, direction, target);
+    consider(Algo::mma, misfit.empty(),
              text("a matrix product on tensor cores, K/groups", filters) +
                  text(" filters by C/groups·R·S", p.channels_per_group() * p.R * p.S) + " taps",
-             filters >= fewest_product_filters
-                 ? text("copies to NHWC would take too much memory, bytes", copies)
-                 : text("the product would waste most of its tile, as K/groups", filters));
+             misfit);
+    for (Algo rung : {Algo::implicit_gemm_tile, Algo::implicit_gemm_registers, Algo::implicit_gemm_vectors})
+      say(rung, false, "never chosen: a rung on the way to implicit_gemm");
+    const std::string slower = found ? "" : implicit_gemm_misfit(p, direction, target);
+    consider(Algo::implicit_gemm, slower.empty(),
+             "im2col's product without its matrix of windows, and by the model not slower", slower);
     consider(Algo::im2col, filters >= fewest_product_filters,
              text("a matrix product, K/groups", filters) +
                  text(" filters by C/groups·R·S", p.channels_per_group() * p.R * p.S) + " taps",
@@ -204,10 +244,15 @@ Conv2dPlan plan_conv2d_cuda(const Conv2dProblem& problem, Direction direction, c
     case Algo::direct_naive: plan.kernel = "conv2d_direct_naive_kernel"; break;
     case Algo::direct: plan_direct(p, target, &plan); break;
     case Algo::im2col: plan_im2col(p, target, &plan); break;
+    case Algo::implicit_gemm_tile: plan.kernel = "conv2d_implicit_gemm_tile_kernel"; break;
+    case Algo::implicit_gemm_registers: plan.kernel = "conv2d_implicit_gemm_registers_kernel"; break;
+    case Algo::implicit_gemm_vectors: plan.kernel = "conv2d_implicit_gemm_vectors_kernel"; break;
+    case Algo::implicit_gemm: plan_implicit_gemm(p, target, &plan); break;
     case Algo::depthwise: plan_depthwise(p, target, &plan); break;
-    case Algo::mma: plan_mma(p, target, &plan); break;
+    case Algo::mma: plan_mma(p, target, &plan, reasons); break;
     case Algo::winograd: break;  // has no CUDA kernel, so parse_algo refuses it
   }
+  if (target.sm != 90) plan.predicted_us = 0;  // the models are of an H200
   return plan;
 }
 

@@ -12,7 +12,16 @@ Conv2dPlan plan_conv2d(const Conv2dProblem& problem, Direction direction, const 
 }
 
 std::vector<Algo> algorithms(bool cuda) {
-  if (cuda) return {Algo::direct_naive, Algo::direct, Algo::im2col, Algo::depthwise, Algo::mma};
+  if (cuda)
+    return {Algo::direct_naive,
+            Algo::direct,
+            Algo::im2col,
+            Algo::implicit_gemm_tile,
+            Algo::implicit_gemm_registers,
+            Algo::implicit_gemm_vectors,
+            Algo::implicit_gemm,
+            Algo::depthwise,
+            Algo::mma};
   return {Algo::direct, Algo::im2col, Algo::depthwise, Algo::winograd};
 }
 
@@ -21,6 +30,10 @@ const char* name(Algo algo) {
     case Algo::direct_naive: return "direct_naive";
     case Algo::direct: return "direct";
     case Algo::im2col: return "im2col";
+    case Algo::implicit_gemm_tile: return "implicit_gemm_tile";
+    case Algo::implicit_gemm_registers: return "implicit_gemm_registers";
+    case Algo::implicit_gemm_vectors: return "implicit_gemm_vectors";
+    case Algo::implicit_gemm: return "implicit_gemm";
     case Algo::depthwise: return "depthwise";
     case Algo::mma: return "mma";
     case Algo::winograd: return "winograd";

@@ -1,8 +1,7 @@
 // In place of csrc/ops/allocate.cpp: outputs and workspaces start as NaN, so that what no kernel writes shows. What
 // lies past their ends is AddressSanitizer's: torch takes each from malloc.
-#include <cstring>
-
 #include "../../csrc/ops/tensor.h"
+#include "nan.h"
 
 namespace fastconv::ops {
 
@@ -12,7 +11,8 @@ Tensor allocate(const Sizes& sizes, const Sizes& strides, ScalarType dtype, cons
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype_code,
                                                   aoti_torch_device_type_cpu(), -1, &handle));
   Tensor tensor(handle);
-  memset(tensor.mutable_data_ptr(), 0xff, size_t(tensor.numel()) * aoti_torch_dtype_element_size(dtype_code));
+  emulation::fill_with_nan(tensor.mutable_data_ptr(),
+                           size_t(tensor.numel()) * aoti_torch_dtype_element_size(dtype_code));
   return tensor;
 }
 

@@ -1,6 +1,7 @@
 // cp.async: what it reads and, when the thread has waited for it, writes.
 #include <cstring>
 
+#include "nan.h"
 #include "ptx.h"
 #include "state.h"
 
@@ -20,7 +21,7 @@ void copy(const char* what, void* shared, const void* global, int bytes, int src
   if (emulation::in_shared_memory(global, 1)) fail(where, "%s from shared memory", what);
   emulation::Copy copy{static_cast<unsigned char*>(shared), {}, bytes, 0, what, where};
   memcpy(copy.data, global, src_bytes);
-  memset(shared, 0xff, bytes);
+  emulation::fill_with_nan(shared, bytes);
   emulation::hold_back(copy);
 }
 

@@ -44,7 +44,7 @@ const char* launch_kernel(const char* name, void (*kernel)(P...), dim3 grid, dim
     const Call& c = *static_cast<Call*>(context);
     std::apply(c.kernel, c.args);
   };
-  emulation::count_launch(reinterpret_cast<const void*>(kernel));
+  emulation::count_launch(reinterpret_cast<const void*>(kernel), block.x * block.y * block.z, shared_bytes);
   return emulation::run_grid(name, grid, block, shared_bytes, body, &call);
 }
 

@@ -5,12 +5,13 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "nan.h"
 #include "sanitizer.h"
 
 namespace emulation {
 namespace {
 
-constexpr size_t guard_bytes = 256;  // on either side
+constexpr size_t guard_bytes = 4096;  // on either side
 constexpr unsigned char guard_byte = 0xa5;
 constexpr size_t page_bytes = 4096;
 
@@ -40,7 +41,7 @@ void renew_shared_memory() {
   sanitizer::unpoison(arena, arena_bytes);
   sanitizer::renew(arena, arena_bytes);
   memset(arena, guard_byte, arena_bytes);
-  memset(machine.shared, 0xff, shared_bytes);  // a NaN in every floating-point type
+  fill_with_nan(machine.shared, shared_bytes);
   sanitizer::poison(arena, guard_bytes);
   sanitizer::poison(machine.shared + shared_bytes, guard_bytes);
 }

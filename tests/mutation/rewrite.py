@@ -2,8 +2,8 @@
 
 Mutated are the barriers and waits (left out), and in device code every comparison by <, <=, > or >= that decides
 something: a term of an `if`, of a ?: or of a bool is off by one, or is taken to be what lets the guarded code run; a
-min() is one of its arguments. The condition of a loop that counts by one is only made off by one. The mutant that runs
-is the one whose number is in the global variable fastconv_mutant.
+min() or max() is one of its arguments. The condition of a loop is only made off by one. The mutant that runs is the one
+whose number is in a global variable; the others note whether they would have differed (mutants.h).
 
 This reads C++ as clang-format writes it, with spaces around binary operators and none inside template brackets.
 """
@@ -11,13 +11,16 @@ This reads C++ as clang-format writes it, with spaces around binary operators an
 import re
 from dataclasses import dataclass
 
-BARRIER = re.compile(r"\b(__syncthreads|__syncwarp|cp_async_wait\w*)\(([^()]*)\);")
+BARRIER = re.compile(
+    r"\b(?:ptx::)?((?:__sync(?:threads|warp)|__threadfence\w*|fence_\w+|bar_\w+|\w+_(?:wait|commit|arrive)\w*)"
+    r"(?:<[^<>]*>)?)\("
+)
 VOTE = re.compile(r"\b__syncthreads_(?:and|or|count)\(")
 COMPARISON = re.compile(r"\s(<=|>=|<|>)\s")
 CHECK = re.compile(r"!?[\w.]*\bis_\w+\(.*\)", re.DOTALL)  # a call like is_inside(i, size)
 OFF_BY_ONE = {"<": "<=", "<=": "<", ">": ">=", ">=": ">"}
 ANNOTATION = "// redundant: "
-DECLARATION = 'extern "C" { extern int fastconv_mutant; } '  # before the first line, whose number must stay
+INCLUDE = '#include "mutants.h"\n#line 1\n'
 
 
 @dataclass
@@ -31,7 +34,7 @@ class Mutant:
 
 @dataclass
 class Edit:
-    """text[start:end] becomes this, where {0}, {1} … stand for the numbers of the mutants."""
+    """text[start:end] becomes this, where @0, @1 … stand for the numbers of the mutants."""
 
     start: int
     end: int
@@ -140,8 +143,10 @@ def conditions(text, start, end):
             continue  # of constant length
         first = stretch(text, match.end(), ";") + 1
         last = stretch(text, first, ";")
-        if "++" in text[last : closing(text, match.end() - 1)]:  # an empty chunk too many does nothing
+        if re.search(r"\+\+|\+=", text[last : closing(text, match.end() - 1)]):
             yield first, last, ""
+    for match in re.compile(r"\bwhile \(").finditer(text, start, end):
+        yield match.end(), closing(text, match.end() - 1), ""
     for match in re.compile(r" \?\s").finditer(text, start, end):
         yield before_question(text, match.start()), match.start(), "true"
     for match in re.compile(r"(?: =|\breturn)\s").finditer(text, start, end):
@@ -172,14 +177,12 @@ def edits_of_condition(text, start, end, removed):
             (match,) = found
             other = OFF_BY_ONE[match[1]]
             left, right = text[first : match.start()], text[match.end() : last]
-            new = f"(fastconv_mutant == {{0}} ? {left} {other} {right} : {term})"
+            new = f"fastconv_mutate(@0, {term}, {left} {other} {right})"
             whats = (f"{other} in `{flat(term)}`",)
         elif not CHECK.fullmatch(term):
             continue
         if removed:
-            joined = "||" if removed == "true" else "&&"
-            equal = "==" if removed == "true" else "!="
-            new = f"(fastconv_mutant {equal} {{{len(whats)}}} {joined} {new})"
+            new = f"fastconv_mutate(@{len(whats)}, {new}, {removed})"
             whats += (f"without `{flat(term)}`",)
         if whats:
             yield Edit(first, last, new, whats)
@@ -195,18 +198,21 @@ def edits_of_file(text):
     found = {}
     for start, end in device_code(code):
         for match in BARRIER.finditer(code, start, end):
-            edit = Edit(match.start(), match.end(), f"if (fastconv_mutant != {{0}}) {match[0]}", (f"no {match[1]}",))
-            found[match.span()] = edit
+            close = closing(code, match.end() - 1) + 1
+            if code[close] != ";" or code[: match.start()].rstrip()[-1] not in ";{})":
+                continue  # not a statement
+            new = f"if (fastconv_mutate(@0, true, false)) {code[match.start() : close]}"
+            found[match.start(), close] = Edit(match.start(), close, new, (f"no {match[1]}",))
         for match in VOTE.finditer(code, start, end):
             close = closing(code, match.end() - 1)
             call, argument = code[match.start() : close + 1], code[match.end() : close]
-            new = f"(fastconv_mutant == {{0}} ? int({argument}) : {call})"
+            new = f"(fastconv_mutate(@0, true, false) ? {call} : int({argument}))"
             found[match.start(), close + 1] = Edit(match.start(), close + 1, new, (f"no {call}",))
-        for match in re.compile(r"(?<![\w:])min\(").finditer(code, start, end):
+        for match in re.compile(r"(?<![\w:])(min|max)\(").finditer(code, start, end):
             close = closing(code, match.end() - 1)
             a, b = (code[i:j].strip() for i, j in split(code, match.end(), close, ","))
-            call = code[match.start() : close + 1]
-            new = f"(fastconv_mutant == {{0}} ? {b} : fastconv_mutant == {{1}} ? {a} : {call})"
+            call, operator = code[match.start() : close + 1], "<" if match[1] == "min" else ">"
+            new = f"(fastconv_mutate(@1, fastconv_mutate(@0, {b} {operator} {a}, true), false) ? {b} : {a})"
             whats = (f"`{flat(b)}` for `{flat(call)}`", f"`{flat(a)}` for `{flat(call)}`")
             found[match.start(), close + 1] = Edit(match.start(), close + 1, new, whats)
         for first, last, removed in conditions(code, start, end):
@@ -237,7 +243,7 @@ def rewrite(path, first_number):
             mutants.append(Mutant(number, path.name, line, what, annotation(lines, line)))
         new = edit.text
         for i, number in enumerate(numbers):
-            new = new.replace(f"{{{i}}}", str(number))
+            new = new.replace(f"@{i}", str(number))
         pieces += [text[at : edit.start], new]
         at = edit.end
-    return DECLARATION + "".join([*pieces, text[at:]]), mutants
+    return INCLUDE + "".join([*pieces, text[at:]]), mutants

@@ -1,0 +1,20 @@
+// What the models of time assume of the GPU, an H200. Large copies and bf16 products of a library that uses all of the
+// tensor cores were measured; the other rates are those of NVIDIA's data sheet; the L2 cache is about as fast as others
+// found it; a launch is an estimate.
+#pragma once
+
+#include "conv2d_cuda.h"
+
+namespace fastconv::cuda::h200 {
+
+constexpr int sms = 132;
+constexpr double float32_tflops = 67, float64_tflops = 34;  // multiply-adds on CUDA cores, two operations each
+constexpr double bf16_tflops = 790;
+constexpr double copy_bytes_per_us = 4.3e6, l2_bytes_per_us = 5.5e6, launch_us = 2.5;
+
+// Multiply-adds of an SM's CUDA cores in a µs.
+inline double multiply_adds_per_us(DType dtype) {
+  return (dtype == DType::float64 ? float64_tflops : float32_tflops) / 2 * 1e6 / sms;
+}
+
+}  // namespace fastconv::cuda::h200
