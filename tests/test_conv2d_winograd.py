@@ -19,7 +19,8 @@ CASES = [
     Case("one output", (3, 2, 3, 3), (3, 2, 3, 3)),
     Case("several boxes of tiles a row", (1, 3, 5, 150), (4, 3, 3, 3), padding=(1, 1)),
     Case("deep", (1, 530, 6, 5), (34, 530, 3, 3), padding=(1, 1)),
-    Case("several chunks of tiles", (3, 260, 23, 17), (33, 260, 3, 3), padding=(1, 1)),
+    Case("several chunks of tiles", (1, 1000, 23, 17), (33, 1000, 3, 3), padding=(1, 1)),
+    Case("a task a chunk", (3, 9, 70, 66), (35, 9, 3, 3), padding=(1, 1)),
 ]
 LAYOUTS = ("contiguous", "channels_last")
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -120,18 +121,14 @@ def test_what_is_not_finite_reaches_only_what_reads_it(cpu, layout, which, value
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_same_bits_for_any_number_of_threads(cpu, layout, threads):
-    case = CASES[-1]
-    tensors = inputs_of(case, torch.float32, layout)
-
-    def conv2d(x, w, b):
-        return fastconv.conv2d(x, w, b, *case.config, algo="winograd")
-
-    results = []
-    for count in (1, 2, 3):
-        threads(count)
-        results.append(conv2d_gradients(conv2d, *tensors))
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    for case in CASES[-2:]:
+        tensors = inputs_of(case, torch.float32, layout)
+        results = []
+        for count in (1, 2, 3):
+            threads(count)
+            results.append(gradients(case, tensors, "winograd"))
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 def plan(x, w, padding=1, dtype=torch.float32, layout="contiguous", **options):

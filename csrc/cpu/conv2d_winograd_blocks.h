@@ -28,6 +28,9 @@ struct Tiles {
   int64_t row_boxes() const { return pieces_of(rows, box_rows); }
   int64_t col_boxes() const { return pieces_of(cols, box_cols); }
   int64_t chunk_tiles() const { return chunk_boxes * box_rows * box_cols; }
+  int64_t chunks() const { return chunk_boxes < 1 ? 0 : pieces_of(boxes, chunk_boxes); }
+  // fprop and dgrad: each chunk is a task of its own, with its tiles in scratch. Of fewer chunks the parts are tasks.
+  bool apart() const { return chunks() >= 16; }
   // The number of the first tile of a box, also for the box after the last.
   int64_t first(int64_t box) const {
     const int64_t n = box / (row_boxes() * col_boxes());
@@ -85,7 +88,7 @@ inline WinogradMemory winograd_memory(const Conv2dProblem& p, const Conv2dPlan& 
 // One thread's scratch, as offsets in elements. The stage is needed before the products are.
 constexpr int64_t run_tiles = 16;  // neighbours in a row that are written at once
 struct WinogradScratch {
-  int64_t stage, products, products_row, products_matrix, outputs, end;
+  int64_t stage, products, products_row, products_matrix, outputs, x, end;
 };
 inline WinogradScratch winograd_scratch(const Conv2dProblem& p, const Conv2dPlan& plan) {
   const Tiles tiles = make_tiles(p, plan.direction, plan.tile_k);
@@ -98,6 +101,8 @@ inline WinogradScratch winograd_scratch(const Conv2dProblem& p, const Conv2dPlan
     s.outputs = tile_products * s.products_matrix;
     const int64_t end = s.outputs + tile_out * tile_out * run_tiles * max_panel_cols + slack;
     if (end > s.end) s.end = end;
+    s.x = s.end;
+    if (tiles.apart()) s.end += tile_products * winograd_memory(p, plan).x_matrix + slack;
   }
   return s;
 }

@@ -95,12 +95,12 @@ bool winograd_gather(const Conv2dProblem& pr, const Conv2dPlan& plan, const Wino
   const WinogradMemory memory = winograd_memory(pr, plan);
   const WinogradScratch layout = winograd_scratch(pr, plan);
   E* const filters = (E*)workspace + memory.filters;
-  const TileMatrices<E> x{(E*)workspace + memory.x, memory.x_matrix, chain};
   const int64_t m_blocks = ceil_div(g.produced, plan.tile_n), panels = ceil_div(g.contracted, width);
   bool spoilt = false;
   for (int64_t group = 0; group < pr.groups; ++group) {
     transform_filters(g, group, filters, memory.filters_matrix, parallel);
-    for (int64_t box0 = 0; box0 < tiles.boxes; box0 += tiles.chunk_boxes) {
+    const auto chunk = [&](int64_t box0, E* x_data, char* scratch, const Parallel& parallel) {
+      const TileMatrices<E> x{x_data, memory.x_matrix, chain};
       const int64_t boxes = min_of(tiles.chunk_boxes, tiles.boxes - box0);
       const int64_t chunk0 = tiles.first(box0), count = tiles.first(box0 + boxes) - chunk0;
       for_each_task(parallel, boxes * panels, [&](int worker, int64_t task) {
@@ -149,6 +149,15 @@ bool winograd_gather(const Conv2dProblem& pr, const Conv2dPlan& plan, const Wino
         for (int lane = 0; lane < lanes<E>; ++lane)
           if (zero[lane] != 0) __atomic_store_n(&spoilt, true, __ATOMIC_RELAXED);
       });
+    };
+    if (tiles.apart()) {
+      for_each_task(parallel, tiles.chunks(), [&](int worker, int64_t task) {
+        char* const own = scratch + worker * plan.scratch_bytes;
+        chunk(task * tiles.chunk_boxes, (E*)own + layout.x, own, Parallel{});
+      });
+    } else {
+      for (int64_t box0 = 0; box0 < tiles.boxes; box0 += tiles.chunk_boxes)
+        chunk(box0, (E*)workspace + memory.x, scratch, parallel);
     }
   }
   return !spoilt;

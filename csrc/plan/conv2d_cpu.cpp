@@ -143,10 +143,11 @@ void plan_winograd(const Conv2dProblem& p, Conv2dPlan& plan) {
       wgrad ? p.channels_per_group() + p.filters_per_group() : contracted_channels(p, plan.direction);
   plan.tile_m = channels < 192 ? 48 : 64;
   plan.tile_n = 32;
-  plan.tile_k = int(std::clamp<int64_t>((wgrad ? 32 : 16) * 1024 / std::max<int64_t>(channels, 1), 64, 1024));
-  const int64_t tiles = make_tiles(p, plan.direction, plan.tile_k).chunk_tiles();
+  plan.tile_k = int(std::clamp<int64_t>(56 * 1024 / std::max<int64_t>(channels, 1), 64, 1024));
+  if (!wgrad && make_tiles(p, plan.direction, 48).apart()) plan.tile_k = 48;
+  const Tiles tiles = make_tiles(p, plan.direction, plan.tile_k);
   const int64_t blocks = pieces_of(produced_channels(p, plan.direction), plan.tile_n);
-  if (!wgrad && pieces_of(tiles, plan.tile_m) * blocks < enough_tasks) plan.tile_m = 32;
+  if (!wgrad && !tiles.apart() && pieces_of(tiles.chunk_tiles(), plan.tile_m) * blocks < enough_tasks) plan.tile_m = 32;
   plan.workspace_bytes = std::max(fallback.workspace_bytes, aligned(winograd_memory(p, plan).end * sum_bytes(p)));
   plan.scratch_bytes = std::max(fallback.scratch_bytes, aligned(winograd_scratch(p, plan).end * sum_bytes(p)));
 }
