@@ -24,9 +24,10 @@ enum class Algo : uint8_t {
   implicit_gemm_vectors,
   implicit_gemm,
   depthwise,
-  mma
+  mma,
+  winograd
 };
-constexpr int num_algos = 9;
+constexpr int num_algos = 10;
 
 // Where it will run. A CPU plan does not depend on the number of threads, nor on the instruction set.
 struct Target {

@@ -114,7 +114,8 @@ def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, 
         bias: (K,) or None.
         stride, padding, dilation: an int or a pair (H, W). padding may be 'valid' or, for stride 1, 'same'.
         groups: input and output channels are split into this many independent convolutions.
-        algo: one of fastconv.algorithms(), for forward and backward; None lets the plan choose.
+        algo: one of fastconv.algorithms(), for forward and backward; None lets the plan choose. All but "winograd"
+            add up the products of the sum above; its largest error is up to four times theirs.
         activation: "relu" gives ReLU(y) in the same pass, or None.
 
     Returns:

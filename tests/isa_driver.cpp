@@ -52,11 +52,13 @@ void convolutions(DType dtype, Layout layout, const cpu::Parallel& parallel) {
       {{2, 20, 9, 8}, {19, 20, 3, 2}, {2, 1}, {1, 2}, {1, 2}, 1},
       {{1, 12, 7, 9}, {8, 3, 2, 3}, {1, 2}, {1, 0}, {1, 1}, 4},
       {{2, 19, 8, 9}, {19, 1, 3, 3}, {1, 1}, {1, 1}, {1, 1}, 19},
+      {{2, 20, 9, 8}, {19, 20, 3, 3}, {1, 1}, {1, 2}, {1, 1}, 1},
   };
   const int64_t size = element_bytes(dtype);
   for (const Case& c : cases)
     for (Algo algo : algorithms(false)) {
       if (algo == Algo::depthwise && c.groups != c.x[1]) continue;
+      if (algo == Algo::winograd && c.w[2] * c.w[3] != 9) continue;
       const auto p =
           make_conv2d_problem(c.x, c.w, std::nullopt, c.stride, c.padding, c.dilation, c.groups, dtype, layout, false);
       const Bytes x = values(p.x_elements(), dtype, 1), w = values(p.w_elements(), dtype, 2);

@@ -8,6 +8,7 @@ accurate by the norm only. Nothing in them is tuned.
 
 import contextlib
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 import torch.nn.functional as F
@@ -111,6 +112,92 @@ def conv2d_reference(x, w, bias, dy, stride, padding, dilation, groups):
     return [
         Expected(*result) if result[0] is not None else None for result in zip(values, magnitudes, terms, strict=True)
     ]
+
+
+POINTS = (Fraction(0), Fraction(3, 4), Fraction(-3, 4), Fraction(3, 2), Fraction(-3, 2))  # and infinity
+
+
+def toom_cook(outputs, taps):
+    """Aᵀ, G and Bᵀ of Winograd's F(outputs, taps) from POINTS and infinity, in fractions:
+    y[p] = Σ_q g[q] d[p + q] = Σ_f Aᵀ[p][f] (G g)[f] (Bᵀ d)[f].
+    """
+
+    def product(factors):
+        """The coefficients of Π (z − a), lowest first."""
+        coefficients = [Fraction(1)]
+        for a in factors:
+            shifted, scaled = [Fraction(0), *coefficients], [a * c for c in (*coefficients, Fraction(0))]
+            coefficients = [s - c for s, c in zip(shifted, scaled, strict=True)]
+        return coefficients
+
+    a, g, b = [], [], []
+    for point in POINTS:
+        others = [p for p in POINTS if p != point]
+        scale = Fraction(1)
+        for other in others:
+            scale *= point - other
+        a.append([point**p for p in range(outputs)])
+        g.append([point**q / scale for q in range(taps)])
+        b.append([*product(others), Fraction(0)])
+    a.append([Fraction(int(p == outputs - 1)) for p in range(outputs)])
+    g.append([Fraction(int(q == taps - 1)) for q in range(taps)])
+    b.append(product(POINTS))
+    return [list(row) for row in zip(*a, strict=True)], g, b
+
+
+def winograd_magnitudes(x, w, dy, padding, groups):
+    """The sums of conv2d_reference's magnitudes as F(4×4, 3×3) forms them: every matrix in absolute values, so that
+    nothing cancels, neither in the products nor in the transforms. What rounding does to a value anywhere on the way is
+    in proportion to them (Barabasz and others, 2020). x, w, dy: absolute values in float64. Returns those of y, dx, dw.
+    """
+
+    def absolute(matrix):
+        return torch.tensor(matrix, dtype=torch.float64).abs()
+
+    def matrices(outputs, taps):
+        return [absolute([[float(v) for v in row] for row in m]) for m in toom_cook(outputs, taps)]
+
+    def tiles(t, top, left, outputs, size):
+        """[N][groups][C/groups][tile][tile][size][size]"""
+        rows, cols = (-(-n // 4) * 4 + size - 4 for n in outputs)
+        t = F.pad(t, (left, cols - left - t.shape[3], top, rows - top - t.shape[2]))
+        return t.unflatten(1, (groups, -1)).unfold(3, size, 4).unfold(4, size, 4)
+
+    def both(matrix, t):
+        return torch.einsum("ia,...ab,jb->...ij", matrix, t, matrix)
+
+    def gather(t, w, padding, outputs):  # w: [groups][produced][contracted][3][3]
+        a, g, b = matrices(4, 3)
+        products = torch.einsum("ngchwij,gkcij->ngkhwij", both(b, tiles(t, *padding, outputs, 6)), both(g, w))
+        return both(a, products)
+
+    w = w.unflatten(0, (groups, -1))
+    y = gather(x, w, padding, dy.shape[2:])
+    dx = gather(dy, w.flip(3, 4).transpose(1, 2), [2 - p for p in padding], x.shape[2:])
+    a, g, b = matrices(3, 4)
+    sums = torch.einsum(
+        "ngchwij,ngkhwij->gkcij",
+        both(b, tiles(x, *padding, dy.shape[2:], 6)),
+        both(g, tiles(dy, 0, 0, dy.shape[2:], 4)),
+    )
+    return y, dx, both(a, sums)
+
+
+# Roundings of a value in Winograd's transforms: at most six in each direction of each of the three.
+WINOGRAD_ROUNDINGS = 36
+
+
+def winograd_reference(x, w, bias, dy, padding, groups, directions):
+    """As conv2d_reference, with the bounds of Winograd's algorithm for those of fprop, dgrad and wgrad that take it."""
+    expected = conv2d_reference(x, w, bias, dy, 1, padding, 1, groups)
+    tiles = dy.shape[0] * -(-dy.shape[2] // 4) * -(-dy.shape[3] // 4)
+    terms = (w.shape[1] + 1, w.shape[0] // groups, tiles)
+    sums = winograd_magnitudes(*(_double(t).abs() for t in (x, w, dy)), padding, groups)
+    for at, direction in enumerate(("fprop", "dgrad", "wgrad")):
+        if direction in directions:
+            magnitude = sums[at].max() + (bias.abs().max().double() if at == 0 and bias is not None else 0)
+            expected[at] = Expected(expected[at].value, magnitude, terms[at] + WINOGRAD_ROUNDINGS)
+    return expected
 
 
 def max_pool2d_backward_reference(x, dy, kernel_size, stride, padding, dilation, ceil_mode):

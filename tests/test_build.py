@@ -80,7 +80,8 @@ def test_every_instruction_set_gives_right_results(isas, isa, dtype):
     depthwise, dense = test_conv2d.CASES[12], (test_conv2d.CASES[5], test_conv2d.CASES[16])
     for layout in ("contiguous", "channels_last"):
         for algo in fastconv.algorithms():
-            for case in (depthwise,) if algo == "depthwise" else (depthwise, *dense):
+            cases = {"depthwise": (depthwise,), "winograd": test_conv2d.MEDIUM_CASES[:1]}
+            for case in cases.get(algo, (depthwise, *dense)):
                 test_conv2d.check(CPU, case, dtype, layout, algo)
         for size in ((3, 35, 7, 9), (2, 3, 21, 17)):
             x = lay_out(test_max_pool2d.FILLS["NaN and infinities"](size).to(dtype), layout)

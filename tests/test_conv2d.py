@@ -5,7 +5,14 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from references import Expected, assert_close, conv2d_gradients, conv2d_reference, without_onednn
+from references import (
+    Expected,
+    assert_close,
+    conv2d_gradients,
+    conv2d_reference,
+    winograd_reference,
+    without_onednn,
+)
 
 import fastconv
 
@@ -131,9 +138,25 @@ def inputs_of(case, dtype, layout="contiguous", bias=True):
     return lay_out(x, layout), lay_out(w, layout, is_weight=True), b, lay_out(dy, layout)
 
 
+def winograd_directions(backend, case, dtype, layout, algo):
+    """Those of fprop, dgrad and wgrad whose sums are formed by Winograd's algorithm, which has bounds of its own."""
+    if backend.name != "cpu":
+        return []
+    x, w = (torch.empty(size, dtype=dtype, device="meta") for size in (case.x, case.w))
+    if layout.startswith("channels_last"):
+        x = x.to(memory_format=torch.channels_last)
+    directions = ("fprop", "dgrad", "wgrad")
+    plans = {d: fastconv.plan(x, w, *case.config, direction=d, arch="cpu", algo=algo) for d in directions}
+    return [direction for direction, plan in plans.items() if plan.algo == "winograd"]
+
+
 def check(backend, case, dtype, layout="contiguous", algo=None, bias=True, compare_with_torch=False):
     tensors = inputs_of(case, dtype, layout, bias)
-    expected = conv2d_reference(*tensors, *case.config)
+    winograd = winograd_directions(backend, case, dtype, layout, algo)
+    if winograd:
+        expected = winograd_reference(*tensors, case.padding, case.groups, winograd)
+    else:
+        expected = conv2d_reference(*tensors, *case.config)
     x, w, b, dy = map(backend.put, tensors)
 
     def ours(x, w, b):
@@ -206,7 +229,7 @@ def test_every_value_of_low_precision(backend, dtype):
     check_every_value(backend, dtype)
 
 
-@pytest.mark.parametrize("algo", ["direct_naive", "direct", "im2col", *IMPLICIT, "depthwise", "mma"])
+@pytest.mark.parametrize("algo", ["direct_naive", "direct", "im2col", *IMPLICIT, "depthwise", "mma", "winograd"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_algorithms(backend, case, layout, algo):
@@ -292,7 +315,7 @@ def test_relu_keeps_nan_and_the_sign_of_zero(backend, layout):
         w = w.reshape(case)
         groups = 17 // case[1]
         for algo in backend.algorithms:
-            if algo == "mma" or (algo == "depthwise") != (groups == 17):
+            if algo in ("mma", "winograd") or (algo == "depthwise") != (groups == 17):
                 continue
             for x in (zeros, nan):
                 x = backend.put(lay_out(x, layout))

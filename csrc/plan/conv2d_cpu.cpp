@@ -3,9 +3,10 @@
 // Blocks are sized for a core with 32 KiB of L1 and 512 KiB of L2, and shrunk where the problem would otherwise give
 // fewer than `enough_tasks` tasks. Nothing depends on the number of threads, so neither do the bits of the result.
 #include <algorithm>
+#include <cstdio>
 #include <stdexcept>
 
-#include "../cpu/conv2d_blocks.h"
+#include "../cpu/conv2d_winograd_blocks.h"
 #include "../plan.h"
 
 namespace fastconv {
@@ -21,8 +22,17 @@ const char* pick(Direction d, const char* fprop, const char* dgrad, const char* 
   return d == Direction::fprop ? fprop : d == Direction::dgrad ? dgrad : wgrad;
 }
 
+bool fits_winograd(const Conv2dProblem& p) {
+  return p.R == 3 && p.S == 3 && p.stride_h == 1 && p.stride_w == 1 && p.dilation_h == 1 && p.dilation_w == 1;
+}
+
 // Empty if the algorithm can do the problem.
 std::string rejection(const Conv2dProblem& p, Algo algo) {
+  if (algo == Algo::winograd && !fits_winograd(p)) {
+    if (p.R != 3 || p.S != 3)
+      return "winograd needs 3×3 filters, here " + std::to_string(p.R) + "×" + std::to_string(p.S);
+    return "winograd needs stride 1 and dilation 1";
+  }
   if (algo != Algo::depthwise) return "";
   if (p.groups != p.C)
     return "depthwise needs groups = C, here groups = " + std::to_string(p.groups) + " and C = " + std::to_string(p.C);
@@ -123,22 +133,88 @@ void plan_im2col(const Conv2dProblem& p, Conv2dPlan& plan) {
     plan_gather(p, plan);
 }
 
+// A chunk of transformed tiles stays in L3, the products of a task in L2.
+void plan_winograd(const Conv2dProblem& p, Conv2dPlan& plan) {
+  Conv2dPlan fallback = plan;  // for results that are not finite
+  plan_im2col(p, fallback);
+  plan.kernel = pick(plan.direction, "conv2d_winograd_fprop", "conv2d_winograd_dgrad", "conv2d_winograd_wgrad");
+  const bool wgrad = plan.direction == Direction::wgrad;
+  const int64_t channels =
+      wgrad ? p.channels_per_group() + p.filters_per_group() : contracted_channels(p, plan.direction);
+  plan.tile_m = channels < 192 ? 48 : 64;
+  plan.tile_n = 32;
+  plan.tile_k = int(std::clamp<int64_t>(56 * 1024 / std::max<int64_t>(channels, 1), 64, 1024));
+  if (!wgrad && make_tiles(p, plan.direction, 48).apart()) plan.tile_k = 48;
+  const Tiles tiles = make_tiles(p, plan.direction, plan.tile_k);
+  const int64_t blocks = pieces_of(produced_channels(p, plan.direction), plan.tile_n);
+  if (!wgrad && !tiles.apart() && pieces_of(tiles.chunk_tiles(), plan.tile_m) * blocks < enough_tasks) plan.tile_m = 32;
+  plan.workspace_bytes = std::max(fallback.workspace_bytes, aligned(winograd_memory(p, plan).end * sum_bytes(p)));
+  plan.scratch_bytes = std::max(fallback.scratch_bytes, aligned(winograd_scratch(p, plan).end * sum_bytes(p)));
+}
+
+// Multiply-adds of the sum over what Winograd's tiles take of them. A value that is transformed, of x and of y or of
+// the filters, costs as much as twenty or so; the products are blind to what lies outside of the image.
+double winograd_saving(const Conv2dProblem& p, Direction direction) {
+  constexpr double value_cost = 20, filter_cost = 25;
+  const int64_t produced = produced_channels(p, direction), contracted = contracted_channels(p, direction);
+  const Tiles tiles = make_tiles(p, direction, 1);
+  const double count = double(p.N * p.groups) * double(tiles.rows * tiles.cols);
+  const double products = count * double(contracted) * double(pieces_of(produced, 16) * 16);
+  const double values = count * double(contracted + produced), filters = double(p.w_elements() / 9);
+  const double cost = double(tile_products) * (products + value_cost * values + filter_cost * filters);
+  return cost > 0 ? double(p.multiply_adds()) / cost : 0;
+}
+
+constexpr double enough_saving = 1.2;
+constexpr int64_t enough_multiply_adds = 1 << 22, most_filter_bytes = 1 << 27;
+
+int64_t winograd_filter_bytes(const Conv2dProblem& p) { return tile_products * (p.w_elements() / 9) * sum_bytes(p); }
+
+bool winograd_wins(const Conv2dProblem& p, Direction direction) {
+  return fits_winograd(p) && p.dtype != DType::float64 && p.multiply_adds() >= enough_multiply_adds &&
+         winograd_filter_bytes(p) <= most_filter_bytes && winograd_saving(p, direction) >= enough_saving;
+}
+
+// In the order of winograd_wins.
+std::string why_not_winograd(const Conv2dProblem& p, const std::string& saving) {
+  if (!fits_winograd(p)) return rejection(p, Algo::winograd);
+  if (p.dtype == DType::float64)
+    return "its rounding errors are larger than those of the sum: in float64 only if asked for";
+  if (p.multiply_adds() < enough_multiply_adds) return "too little work to be worth three passes";
+  if (winograd_filter_bytes(p) > most_filter_bytes)
+    return "its filters would take " + std::to_string(winograd_filter_bytes(p) >> 20) + " MiB";
+  return "transforms and all counted, it saves a factor of " + saving + " only";
+}
+
+void explain_winograd(const Conv2dProblem& p, Direction direction, bool taken, Reasons* reasons) {
+  char saving[16];
+  snprintf(saving, sizeof saving, "%.2f", winograd_saving(p, direction));
+  reasons->push_back({Algo::winograd, taken,
+                      taken ? std::string("36 products for 16 outputs, not 144: with its transforms, a factor of ") +
+                                  saving + " less work"
+                            : why_not_winograd(p, saving)});
+}
+
 // What is taken unasked. Reasons are put into words only if someone wants them.
 Algo choose(const Conv2dProblem& p, Direction direction, Reasons* reasons) {
-  const bool depthwise = p.groups == p.C && p.K == p.C;
-  if (!reasons) return depthwise ? Algo::depthwise : Algo::im2col;
+  const bool depthwise = p.groups == p.C && p.K == p.C, winograd = !depthwise && winograd_wins(p, direction);
+  const Algo taken = depthwise ? Algo::depthwise : winograd ? Algo::winograd : Algo::im2col;
+  if (!reasons) return taken;
   if (depthwise) {
     reasons->push_back(
         {Algo::depthwise, true, "groups = C = K: no reuse across channels, so memory traffic is all there is"});
+    reasons->push_back({Algo::winograd, false, "with one filter a group nothing would pay for its transforms"});
     reasons->push_back({Algo::im2col, false, "a product with one filter a group would leave most of each vector idle"});
   } else {
-    const char* along = along_pixels(p, direction) ? "pixels" : "channels";
-    reasons->push_back(
-        {Algo::im2col, true, std::string("patches times filters, blocked for the caches, vectors along the ") + along});
+    const std::string along = along_pixels(p, direction) ? "pixels" : "channels";
+    explain_winograd(p, direction, winograd, reasons);
+    reasons->push_back({Algo::im2col, !winograd,
+                        winograd ? "multiplies each output's patch"
+                                 : "patches times filters, blocked for the caches, vectors along the " + along});
     reasons->push_back({Algo::depthwise, false, rejection(p, Algo::depthwise)});
   }
   reasons->push_back({Algo::direct, false, "its loops reuse registers less"});
-  return depthwise ? Algo::depthwise : Algo::im2col;
+  return taken;
 }
 
 // What was asked for, or its nearest rung on a CPU.
@@ -162,6 +238,7 @@ Conv2dPlan plan_conv2d_cpu(const Conv2dProblem& problem, Direction direction, st
   switch (plan.algo) {
     case Algo::im2col: plan_im2col(problem, plan); break;
     case Algo::depthwise: plan_depthwise(problem, plan); break;
+    case Algo::winograd: plan_winograd(problem, plan); break;
     default: plan_direct(problem, plan); break;
   }
   return plan;

@@ -22,7 +22,7 @@ std::vector<Algo> algorithms(bool cuda) {
             Algo::implicit_gemm,
             Algo::depthwise,
             Algo::mma};
-  return {Algo::direct, Algo::im2col, Algo::depthwise};
+  return {Algo::direct, Algo::im2col, Algo::depthwise, Algo::winograd};
 }
 
 const char* name(Algo algo) {
@@ -36,6 +36,7 @@ const char* name(Algo algo) {
     case Algo::implicit_gemm: return "implicit_gemm";
     case Algo::depthwise: return "depthwise";
     case Algo::mma: return "mma";
+    case Algo::winograd: return "winograd";
   }
   return "";
 }

@@ -1,0 +1,197 @@
+// Winograd's fprop and dgrad:
+//
+//   M[f][tile][m] = Σ_ch X[f][tile][ch] · U[f][ch][m]       f = 0 … 35
+//
+// X and U being the transformed tiles of the source and filters. The filters are transformed once; then, chunk by chunk
+// of tiles, X for all channels, and for each block of tiles × produced channels the 36 products, which go through the
+// inverse transform and out while they are in the cache. dgrad is fprop of dy with flipped taps and padding 2 − pad.
+#pragma once
+
+#include "conv2d_wgrad_out.h"
+#include "conv2d_winograd_tiles.h"
+#include "gemm.h"
+
+namespace fastconv::cpu {
+namespace {
+
+template <typename T>
+struct WinogradGather {
+  int64_t contracted, produced;  // channels of a group
+  TiledImages<T> source;
+  Filters<T> filters;
+  bool flipped;
+  const T* bias;
+  Images<T> out;
+  int64_t out_rows, out_cols;
+};
+
+// out[ch][tap][m] of a panel of produced channels: one of ch, tap and m is contiguous in memory, by which it is copied.
+template <typename T>
+void pack_taps(const Filters<T>& f, const T* from, int64_t m_count, int64_t ch_count, acc_t<T>* out) {
+  constexpr int width = panel_cols<acc_t<T>>;
+  if (f.m == 1) {
+    for (int64_t ch = 0; ch < ch_count; ++ch)
+      for (int64_t tap = 0; tap < 9; ++tap, out += width)
+        copy_strided(from + ch * f.channel + tap / 3 * f.r + tap % 3 * f.s, 1, out, m_count);
+  } else if (f.channel == 1) {
+    for (int64_t tap = 0; tap < 9; ++tap)
+      transpose(from + tap / 3 * f.r + tap % 3 * f.s, f.m, m_count, ch_count, out + tap * width, 9 * width);
+  } else if (f.channel == 9) {
+    transpose(from, f.m, m_count, ch_count * 9, out, width);
+  } else {
+    for (int64_t ch = 0; ch < ch_count; ++ch)
+      transpose(from + ch * f.channel, f.m, m_count, 9, out + ch * 9 * width, width);
+  }
+}
+
+// U[f][panel][ch][panel_cols]
+template <typename T>
+void transform_filters(const WinogradGather<T>& g, int64_t group, acc_t<T>* out, int64_t matrix,
+                       const Parallel& parallel) {
+  using E = acc_t<T>;
+  constexpr int width = panel_cols<E>;
+  constexpr int64_t block = 16;
+  const Filters<T>& f = g.filters;
+  const int64_t blocks = ceil_div(g.contracted, block);
+  for_each_task(parallel, ceil_div(g.produced, width) * blocks, [&](int, int64_t task) {
+    const int64_t panel = task / blocks, m0 = panel * width, m_count = min_of<int64_t>(width, g.produced - m0);
+    const int64_t ch0 = task % blocks * block, ch_count = min_of(block, g.contracted - ch0);
+    E taps[block * 9 * width];
+    if (m_count < width) fill_zero<T>(taps, block * 9 * width);
+    pack_taps(f, f.data + group * f.group + m0 * f.m + ch0 * f.channel, m_count, ch_count, taps);
+    E* to = out + (panel * g.contracted + ch0) * width;
+    const E* first = g.flipped ? taps + 8 * width : taps;
+    const int64_t step = g.flipped ? -width : width;
+    for (int64_t ch = 0; ch < ch_count; ++ch, first += 9 * width, to += width)
+      for (int half = 0; half < width; half += lanes<E>)
+        transform<E, FilterMatrix>([&](int r, int s) { return load(first + (r * 3 + s) * step + half); },
+                                   [&](int i, int j, vec_t<E> v) { store(to + (i * 6 + j) * matrix + half, v); });
+  });
+}
+
+// Tiles of one row, from out position (row, col) on: outputs[4][4·tiles][panel_cols] to where they belong.
+template <typename T>
+void write_tiles(const WinogradGather<T>& g, const acc_t<T>* outputs, int64_t tiles, int64_t n, int64_t channel,
+                 int64_t channels, int64_t row, int64_t col) {
+  constexpr int width = panel_cols<acc_t<T>>;
+  const int64_t cols = min_of(tiles * tile_out, g.out_cols - col);
+  for (int64_t i = 0; i < min_of(tile_out, g.out_rows - row); ++i, outputs += tiles * tile_out * width) {
+    T* to = g.out.at(n, channel, row + i, col);
+    if (g.out.col == 1)
+      transpose(outputs, width, cols, channels, to, g.out.channel);
+    else
+      for (int64_t j = 0; j < cols; ++j) convert_row(outputs + j * width, channels, to + j * g.out.col);
+  }
+}
+
+// Whether all results are finite. An infinity or NaN spoils all of the tile that reads it, so then they are to be
+// computed in another way.
+template <typename T>
+bool winograd_gather(const Conv2dProblem& pr, const Conv2dPlan& plan, const WinogradGather<T>& g, void* workspace,
+                     char* scratch, const Parallel& parallel) {
+  using E = acc_t<T>;
+  constexpr int width = panel_cols<E>;
+  const Tiles tiles = make_tiles(pr, plan.direction, plan.tile_k);
+  const WinogradMemory memory = winograd_memory(pr, plan);
+  const WinogradScratch layout = winograd_scratch(pr, plan);
+  E* const filters = (E*)workspace + memory.filters;
+  const int64_t m_blocks = ceil_div(g.produced, plan.tile_n), panels = ceil_div(g.contracted, width);
+  bool spoilt = false;
+  for (int64_t group = 0; group < pr.groups; ++group) {
+    transform_filters(g, group, filters, memory.filters_matrix, parallel);
+    const auto chunk = [&](int64_t box0, E* x_data, char* scratch, const Parallel& parallel) {
+      const TileMatrices<E> x{x_data, memory.x_matrix, chain};
+      const int64_t boxes = min_of(tiles.chunk_boxes, tiles.boxes - box0);
+      const int64_t chunk0 = tiles.first(box0), count = tiles.first(box0 + boxes) - chunk0;
+      for_each_task(parallel, boxes * panels, [&](int worker, int64_t task) {
+        const int64_t ch = task % panels * width, ch_count = min_of<int64_t>(width, g.contracted - ch);
+        transform_box<InputMatrix>(g.source, tiles, box0 + task / panels, chunk0, group * g.contracted + ch, ch_count,
+                                   {x.data + ch / chain * chain * count + ch % chain, x.matrix, chain}, (E*)nullptr,
+                                   (E*)(scratch + worker * plan.scratch_bytes) + layout.stage);
+      });
+      const int64_t tile_blocks = ceil_div(count, plan.tile_m);
+      for_each_task(parallel, tile_blocks * m_blocks, [&](int worker, int64_t task) {
+        const int64_t t0 = task / m_blocks * count / tile_blocks, t1 = (task / m_blocks + 1) * count / tile_blocks;
+        const int64_t m0 = task % m_blocks * plan.tile_n, m_count = min_of<int64_t>(plan.tile_n, g.produced - m0);
+        E* const own = (E*)(scratch + worker * plan.scratch_bytes);
+        E *const products = own, *const outputs = own + layout.outputs;
+        for (int64_t f = 0; f < tile_products; ++f)
+          for (int64_t ch = 0; ch == 0 || ch < g.contracted; ch += chain)
+            multiply_block(t1 - t0, ceil_div(m_count, width), min_of(chain, g.contracted - ch),
+                           x.data + f * x.matrix + ch * count + t0 * chain, chain, 1,
+                           filters + f * memory.filters_matrix + (m0 * g.contracted + ch * width), g.contracted * width,
+                           products + f * layout.products_matrix, layout.products_row, ch > 0);
+        vec_t<E> zero{};  // NaN where a result was not finite
+        for (int64_t m = 0; m < m_count; m += width) {
+          const int64_t channel = group * g.produced + m0 + m, channels = min_of<int64_t>(width, m_count - m);
+          E bias[width] = {};
+          if (g.bias) copy_strided(g.bias + channel, 1, bias, channels);
+          for (int64_t t = t0; t < t1;) {
+            const int64_t j = (chunk0 + t) % tiles.cols, i = (chunk0 + t) / tiles.cols % tiles.rows;
+            const int64_t n = (chunk0 + t) / tiles.cols / tiles.rows;
+            const int64_t run = min_of(run_tiles, min_of(t1 - t, tiles.cols - j)), pitch = run * tile_out * width;
+            for (int64_t tile = 0; tile < run; ++tile)
+              for (int half = 0; half < width; half += lanes<E>) {
+                const E* from = products + (t - t0 + tile) * layout.products_row + m + half;
+                E* to = outputs + tile * tile_out * width + half;
+                const vec_t<E> added = load(bias + half);
+                transform<E, OutputMatrix>(
+                    [&](int k, int l) { return load(from + (k * 6 + l) * layout.products_matrix); },
+                    [&](int k, int l, vec_t<E> v) {
+                      zero += v * E(0);
+                      store(to + k * pitch + l * width, pr.relu ? relu(v + added) : v + added);
+                    });
+              }
+            write_tiles(g, outputs, run, n, channel, channels, i * tile_out, j * tile_out);
+            t += run;
+          }
+        }
+        for (int lane = 0; lane < lanes<E>; ++lane)
+          if (zero[lane] != 0) __atomic_store_n(&spoilt, true, __ATOMIC_RELAXED);
+      });
+    };
+    if (tiles.apart()) {
+      for_each_task(parallel, tiles.chunks(), [&](int worker, int64_t task) {
+        char* const own = scratch + worker * plan.scratch_bytes;
+        chunk(task * tiles.chunk_boxes, (E*)own + layout.x, own, Parallel{});
+      });
+    } else {
+      for (int64_t box0 = 0; box0 < tiles.boxes; box0 += tiles.chunk_boxes)
+        chunk(box0, (E*)workspace + memory.x, scratch, parallel);
+    }
+  }
+  return !spoilt;
+}
+
+template <typename T>
+bool winograd_fprop(const Conv2dProblem& p, const Conv2dPlan& plan, const T* x, const T* w, const T* bias, T* y,
+                    void* workspace, char* scratch, const Parallel& parallel) {
+  const WinogradGather<T> g{p.channels_per_group(),
+                            p.filters_per_group(),
+                            {images(x, p.layout, p.C, p.H, p.W), p.H, p.W, -p.pad_h, -p.pad_w},
+                            filters(w, p, Direction::fprop),
+                            false,
+                            bias,
+                            images(y, p.layout, p.K, p.P, p.Q),
+                            p.P,
+                            p.Q};
+  return winograd_gather(p, plan, g, workspace, scratch, parallel);
+}
+
+template <typename T>
+bool winograd_dgrad(const Conv2dProblem& p, const Conv2dPlan& plan, const T* dy, const T* w, T* dx, void* workspace,
+                    char* scratch, const Parallel& parallel) {
+  const WinogradGather<T> g{p.filters_per_group(),
+                            p.channels_per_group(),
+                            {images(dy, p.layout, p.K, p.P, p.Q), p.P, p.Q, p.pad_h - 2, p.pad_w - 2},
+                            filters(w, p, Direction::dgrad),
+                            true,
+                            nullptr,
+                            images(dx, p.layout, p.C, p.H, p.W),
+                            p.H,
+                            p.W};
+  return winograd_gather(p, plan, g, workspace, scratch, parallel);
+}
+
+}  // namespace
+}  // namespace fastconv::cpu
