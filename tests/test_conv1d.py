@@ -70,7 +70,7 @@ def test_by_algorithm(backend):
     x_size, w_size, *config = CASES["depthwise"]
     x, w = torch.randn(x_size), torch.randn(w_size)
     for algo in backend.algorithms:
-        if algo != "mma":  # of 16 bits
+        if algo not in ("mma", "winograd"):  # of 16 bits; of 3×3 filters
             check(backend, x, w, None, config, algo)
     if "mma" in backend.algorithms:
         check(backend, x.bfloat16(), w.bfloat16(), None, config, "mma")

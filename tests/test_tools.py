@@ -126,7 +126,7 @@ class Convolved(Dataset):
 def test_data_loader_workers_that_were_forked_can_convolve(threads):
     threads(2)
     layer, x = fastconv.Conv2d(16, 32, 3), torch.randn(4, 16, 40, 40)
-    expected = layer(x)  # the pool of threads, which a fork does not copy, has run
+    expected = torch.stack([layer(image) for image in x])  # the pool of threads, which a fork does not copy, has run
     loader = DataLoader(Convolved(x, layer), 2, num_workers=2, multiprocessing_context="fork", timeout=30)
     assert torch.equal(torch.cat(list(loader)), expected)
 
