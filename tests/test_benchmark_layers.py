@@ -226,8 +226,8 @@ def test_a_table_that_fails_costs_no_other_result(tiny, tmp_path, monkeypatch, c
     monkeypatch.setattr(overhead, "measure_overhead", lambda *_: [{"case": "none"}])
     monkeypatch.setattr(overhead, "lines", lambda rows: [])
     monkeypatch.setattr(run_layers, "SECONDS", 0.01)
-    arguments = ["--filter", "pool", "--no-first-call", "--no-memory", "--no-threads", "--device", "cpu"]
-    assert run_layers.main([*arguments, "--out", str(tmp_path)]) == 1
+    left_out = ["--no-first-call", "--no-memory", "--no-step-memory", "--no-threads"]
+    assert run_layers.main(["--filter", "pool", "--device", "cpu", *left_out, "--out", str(tmp_path)]) == 1
     assert capsys.readouterr().out.endswith("cliffs: OutOfMemoryError: CUDA out of memory\n")
     result = json.loads((tmp_path / "cpu-float32.json").read_text())
     assert result["rows"] and result["overhead"] == [{"case": "none"}] and result["cliffs"] == []
