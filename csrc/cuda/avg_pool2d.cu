@@ -228,9 +228,13 @@ __global__ void __launch_bounds__(block_threads, 4)
   store_vec(y + pixel * pool.C + c, mean);
 }
 
+// A division of doubles takes registers.
+template <typename T, typename Index>
+constexpr int backward_blocks = sizeof(T) == 8 && sizeof(Index) == 4 ? 3 : least_blocks<Index>;
+
 // Items: inner = segments of `lanes` columns of dx, middle = h; the rest is n·C + c.
 template <typename T, int lanes, typename Index>
-__global__ void __launch_bounds__(block_threads, least_blocks<Index>)
+__global__ void __launch_bounds__(block_threads, backward_blocks<T, Index>)
     avg_pool2d_backward_nchw(const __grid_constant__ Pool<Index> pool, const T* __restrict__ dy, T* __restrict__ dx) {
   if (thread_index() >= pool.items) return;
   Index segment = Index(thread_index());
@@ -260,7 +264,7 @@ __global__ void __launch_bounds__(block_threads, least_blocks<Index>)
 
 // Items: inner = vectors of `lanes` channels, middle = w, outer = h; the rest is n.
 template <typename T, int lanes, typename Index>
-__global__ void __launch_bounds__(block_threads, least_blocks<Index>)
+__global__ void __launch_bounds__(block_threads, backward_blocks<T, Index>)
     avg_pool2d_backward_nhwc(const __grid_constant__ Pool<Index> pool, const T* __restrict__ dy, T* __restrict__ dx) {
   if (thread_index() >= pool.items) return;
   Index c = Index(thread_index());
