@@ -74,7 +74,10 @@ def disassemble(pattern):
         sys.exit("cuobjdump and nvdisasm are needed: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
     environment = {**os.environ, "PATH": f"{Path(nvdisasm).parent}:{os.environ['PATH']}"}
     kernels = {}
-    for path in sorted(OBJECTS.glob(f"{pattern}.o")):
+    for log in sorted(OBJECTS.glob(f"{pattern}.o.log")):
+        if "Compiling entry function" not in log.read_text():  # no kernels
+            continue
+        path = log.with_suffix("")
         run = subprocess.run([cuobjdump, "-sass", path], env=environment, capture_output=True, text=True, check=True)
         kernels |= count(run.stdout)
     return kernels
