@@ -165,14 +165,15 @@ double winograd_saving(const Conv2dProblem& p, Direction direction) {
   return cost > 0 ? double(p.multiply_adds()) / cost : 0;
 }
 
-constexpr double enough_saving = 1.2;
+// wgrad's sums are read and written once for each chunk of tiles, which the count leaves out.
+double enough_saving(Direction direction) { return direction == Direction::wgrad ? 1.8 : 1.2; }
 constexpr int64_t enough_multiply_adds = 1 << 22, most_filter_bytes = 1 << 27;
 
 int64_t winograd_filter_bytes(const Conv2dProblem& p) { return tile_products * (p.w_elements() / 9) * sum_bytes(p); }
 
 bool winograd_wins(const Conv2dProblem& p, Direction direction) {
   return fits_winograd(p) && p.dtype != DType::float64 && p.multiply_adds() >= enough_multiply_adds &&
-         winograd_filter_bytes(p) <= most_filter_bytes && winograd_saving(p, direction) >= enough_saving;
+         winograd_filter_bytes(p) <= most_filter_bytes && winograd_saving(p, direction) >= enough_saving(direction);
 }
 
 // In the order of winograd_wins.
