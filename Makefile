@@ -83,7 +83,7 @@ kernel-table: build
 gpu-check:
 	$(PYTHON) tests/gpu_check.py
 
-# Breaks the CUDA kernels in small ways and shows what the emulated tests do not notice: takes an hour.
+# Breaks the CUDA kernels in small ways and shows what the emulated tests do not notice: takes long.
 mutate: build
 	$(PYTHON) setup.py --quiet build_ext --inplace --emulated
 	$(PYTHON) tests/mutate.py

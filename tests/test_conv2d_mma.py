@@ -240,7 +240,8 @@ def test_small_maps_are_split_until_they_fill_the_device():
     small = {"x": (8, 512, 7, 7), "w": (512, 512, 3, 3), "padding": 1}
     chosen = plan(**small)
     blocks = -(-8 * 49 // chosen.tile[0]) * -(-512 // chosen.tile[1]) * chosen.split
-    assert chosen.split > 1 and 0.9 * 132 <= blocks <= 8 * 132
+    busy = blocks / (-(-blocks // 132) * 132)  # of the multiprocessors, over all waves
+    assert chosen.split > 1 and busy >= 0.9 and blocks <= 8 * 132
     assert plan(x=(256, 512, 28, 28), w=(512, 512, 3, 3), padding=1).split == 1
 
 

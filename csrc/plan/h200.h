@@ -1,6 +1,6 @@
-// What the models of time assume of the GPU, an H200. Large copies and bf16 products of a library that uses all of the
-// tensor cores were measured; the other rates are those of NVIDIA's data sheet; the L2 cache is about as fast as others
-// found it; a launch is an estimate.
+// What the models of time assume of the GPU, an H200. The rates of large copies, of bf16 products that use all of the
+// tensor cores, and of the L2 cache are those that others report; CUDA cores' are NVIDIA's data sheet's; a launch is an
+// estimate. None was measured by this project.
 #pragma once
 
 #include "conv2d_cuda.h"
