@@ -2,15 +2,11 @@
 
 import copy
 import io
-import os
 import pickle
-import sys
 
-import networks
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
 from networks.residual import basic
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -413,140 +409,3 @@ def test_folding_for_evaluation(backend, name, converted):
 def test_folding_refuses_a_module_in_training():
     with pytest.raises(ValueError, match="call module.eval"):
         fastconv.fuse(Vision(), fold=True)
-
-
-LAYERS = {
-    "ConvAct2d": ((4, 6, 3), {"stride": 2, "padding": 1, "padding_mode": "circular"}),
-    "BatchNormAct2d": ((4,), {"momentum": None}),
-}
-
-
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "NHWC"])
-@pytest.mark.parametrize("name", LAYERS)
-def test_layers_with_an_activation(backend, name, layout):
-    arguments, keywords = LAYERS[name]
-    layer = getattr(fastconv, name)(*arguments, **keywords).double().to(backend.device)
-    peer = nn.Sequential(getattr(nn, name.replace("Act", ""))(*arguments, **keywords), nn.ReLU()).double()
-    peer[0].load_state_dict(layer.state_dict())
-    x = torch.randn(3, 4, 7, 6, dtype=torch.float64).contiguous(memory_format=layout)
-    for training in (True, False):
-        leaf, other = backend.put(x.clone(memory_format=torch.preserve_format)).requires_grad_(), x.clone()
-        y, expected = layer.train(training)(leaf), peer.train(training)(other.requires_grad_())
-        for a, b in ((y, expected), *zip(layer.state_dict().values(), peer.state_dict().values(), strict=True)):
-            torch.testing.assert_close(a.cpu(), b, rtol=1e-12, atol=1e-12)
-        assert y.stride() == expected.stride()
-        y.square().sum().backward()
-        expected.square().sum().backward()
-        torch.testing.assert_close(leaf.grad.cpu(), other.grad, rtol=1e-10, atol=1e-10)
-
-
-def test_batch_norm_act_layer_takes_a_residual(backend):
-    layer = fastconv.BatchNormAct2d(4).double().to(backend.device)
-    peer = nn.BatchNorm2d(4).double()
-    x, residual = torch.randn(2, 3, 4, 5, 6, dtype=torch.float64).unbind()
-    y = layer(backend.put(x), backend.put(residual))
-    torch.testing.assert_close(y.cpu(), (peer(x) + residual).relu(), rtol=1e-12, atol=1e-12)
-
-
-def saved_by(model, x):
-    """The tensors that autograd keeps of a forward pass, each storage once, without parameters."""
-    kept = {}
-    parameters = {p.data_ptr() for p in model.parameters()}
-
-    def pack(tensor):
-        if tensor.data_ptr() not in parameters:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = model(x)
-    return y, list(kept.values())
-
-
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "NHWC"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_what_autograd_keeps_of_convolution_batch_norm_and_relu(backend, dtype, layout):
-    """The convolution's input, BatchNorm's input, and some values a channel: no output, no mask."""
-    model = nn.Sequential(nn.Conv2d(8, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU()).to(backend.device, dtype)
-    x = backend.put(torch.randn(2, 8, 9, 8).to(dtype).contiguous(memory_format=layout))
-    y, kept = saved_by(fastconv.fuse(fastconv.convert(model)), x)
-    sizes = sorted(t.numel() for t in kept if t.numel() > 2 * 16)
-    assert sizes == sorted((x.numel(), y.numel()))
-    assert y.untyped_storage().data_ptr() not in {t.untyped_storage().data_ptr() for t in kept}
-
-
-def test_what_autograd_keeps_of_convolution_and_relu(backend):
-    """The input and the output, which the next layer keeps anyway."""
-    model = nn.Sequential(nn.Conv2d(8, 16, 3, padding=1), nn.ReLU()).to(backend.device)
-    x = backend.put(torch.randn(2, 8, 9, 8))
-    y, kept = saved_by(fastconv.fuse(fastconv.convert(model)), x)
-    assert {t.untyped_storage().data_ptr() for t in kept} == {t.untyped_storage().data_ptr() for t in (x, y)}
-
-
-def test_what_autograd_keeps_of_a_residual_block(backend):
-    """Each convolution's input, each BatchNorm's, and the block's output; the residual is the first input."""
-    block = fastconv.fuse(fastconv.convert(basic(8, 8, 1))).to(backend.device)
-    x = backend.put(torch.randn(2, 8, 9, 8)).requires_grad_()
-    _, kept = saved_by(block, x)
-    assert sum(t.numel() == x.numel() for t in kept) == 5
-
-
-def training_losses(model, batches, learning_rate):
-    optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate, momentum=0.9)
-    losses = []
-    for x, labels in batches:
-        loss = F.cross_entropy(model(x), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
-
-
-def test_a_fused_resnet18_trains_to_the_losses_of_torch(native_backend):
-    """In float64 over 20 steps. Images of 16² would leave four values a channel in the last stage, whose statistics
-    amplify rounding a hundredfold a step."""
-    torch.set_num_threads(2)
-    model = networks.ResNet(18, classes=4, channels=16).double().to(native_backend.device)
-    batches = [(torch.randn(6, 3, 32, 32).double(), torch.randint(4, (6,))) for _ in range(2)] * 10
-    batches = [tuple(map(native_backend.put, batch)) for batch in batches]
-    fused = fastconv.fuse(fastconv.convert(copy.deepcopy(model)))
-    assert count(fused, fastconv.BatchNormAct2d) == 17 and all(row.fused for row in fastconv.fusions(fused))
-    expected, actual = training_losses(model, batches, 1e-3), training_losses(fused, batches, 1e-3)
-    assert expected[-1] < 0.1 * expected[0]
-    assert max(abs(a - b) for a, b in zip(actual, expected, strict=True)) <= 1e-9
-
-
-def mean_loss(seed, images, labels, fused):
-    """Of the last 20 of 200 steps in bfloat16 autocast, batch 64."""
-    torch.manual_seed(seed)
-    model = networks.ResNet(18, classes=10)
-    model[0] = nn.Conv2d(1, 64, 7, 2, 3, bias=False)
-    if fused:
-        fastconv.fuse(fastconv.convert(model))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    losses = []
-    for batch in torch.randperm(len(images))[: 200 * 64].split(64):
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = F.cross_entropy(model(images[batch]), labels[batch])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return sum(losses[-20:]) / 20
-
-
-def test_a_fused_resnet18_learns_fashion_mnist_in_bfloat16_as_torchs_does(full):
-    """Its loss is within the range of torch's over five seeds, of which it shares one."""
-    if not full:
-        pytest.skip("takes an hour: --full")
-    sys.path.append(str(ROOT / "examples"))
-    import fashion_mnist
-
-    try:
-        images, labels, *_ = fashion_mnist.load()
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
-    torch.set_num_threads(os.cpu_count())
-    expected = [mean_loss(seed, images, labels, fused=False) for seed in range(5)]
-    assert min(expected) <= mean_loss(0, images, labels, fused=True) <= max(expected), expected
