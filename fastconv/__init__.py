@@ -5,7 +5,7 @@ model = fastconv.convert(model)                         # swap a model's layers 
 print(fastconv.plan(x, w, padding=1))                   # which kernel, and why
 """
 
-from . import _fake, _flops, _vmap, activated, transforms  # noqa: F401  (register fake kernels, FLOPs, vmap rules, jvps)
+from . import _derivatives, _fake, _flops, _vmap, transforms  # noqa: F401  (they register themselves)
 from .costs import cost, summary
 from .functional import adaptive_avg_pool2d, avg_pool2d, batch_norm, conv1d, conv2d, max_pool2d
 from .fusion import fuse, fusions, unfuse

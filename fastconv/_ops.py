@@ -1,7 +1,7 @@
 """Loads libfastconv.so and names its ops: `_ops.conv2d_fprop(...)` and so on, one for each line of csrc/ops/schema.cpp.
 
 The ops called here run below autograd; fastconv.autograd gives them their derivatives. Called by their full name,
-torch.ops.fastconv.conv2d_fprop and the others are differentiable as well (see autograd.register).
+torch.ops.fastconv.conv2d_fprop and the others are differentiable as well (see _derivatives.py).
 """
 
 from pathlib import Path

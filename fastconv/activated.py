@@ -31,7 +31,7 @@ class Conv2dRelu(Function):
 
 
 def conv2d_relu(*args):
-    return autograd._call(Conv2dRelu, _conv2d_relu_op, 3, args)
+    return autograd.call(Conv2dRelu, _conv2d_relu_op, 3, args)
 
 
 def _conv2d_relu_op(*args):
@@ -78,7 +78,7 @@ def save_batch_norm(ctx, x, weight, bias, residual, outputs, eps, channels_last)
 
 
 def save_evaluated(ctx, x, weight, bias, running_mean, running_var, y, eps, channels_last):
-    statistics = autograd._running(x, running_mean, running_var, eps)
+    statistics = autograd.running_statistics(x, running_mean, running_var, eps)
     return _save(ctx, (x, weight, *statistics, None, y), bias, eps, channels_last)
 
 
@@ -117,24 +117,8 @@ def _gradients(ctx, dy, training):
 
 
 def batch_norm_act_train(*args):
-    return autograd._call(BatchNormActTrain, _ops.batch_norm_act_train, 6, args)[0]
+    return autograd.call(BatchNormActTrain, _ops.batch_norm_act_train, 6, args)[0]
 
 
 def batch_norm_act_eval(*args):
-    return autograd._call(BatchNormActEval, _ops.batch_norm_act_eval, 6, args)
-
-
-def register(namespace):
-    """Derivatives for the ops themselves, called directly; conv2d_fprop has its ReLU's in fastconv.autograd."""
-
-    def setup(ctx, inputs, output):
-        x, weight, bias, running_mean, running_var, _, eps, channels_last = inputs
-        save_evaluated(ctx, x, weight, bias, running_mean, running_var, output, eps, channels_last)
-
-    def backward(ctx, dy):
-        return BatchNormActEval.backward(ctx, dy)
-
-    torch.library.register_autograd(f"{namespace}::batch_norm_act_eval", backward, setup_context=setup)
-
-
-register("fastconv")
+    return autograd.call(BatchNormActEval, _ops.batch_norm_act_eval, 6, args)

@@ -23,7 +23,7 @@ class Leaf(tuple):
     """A tuple that torch's pytrees do not take apart: functorch's jvp under vmap miscounts nested arguments."""
 
 
-def _call(function, op, differentiable, args):
+def call(function, op, differentiable, args):
     """Call the op itself, its Function, or the Function's subclass from fastconv.transforms: the cheapest that loses no
     derivative. The first `differentiable` of the arguments are tensors, or None, that may need one."""
     if not is_compiling() and (forward_ad._current_level >= 0 or are_functorch_transforms_active()):
@@ -100,15 +100,15 @@ class Conv2dWgrad(Function):
 
 
 def conv2d(*args):
-    return _call(Conv2d, _ops.conv2d_fprop, 3, args)
+    return call(Conv2d, _ops.conv2d_fprop, 3, args)
 
 
 def conv2d_dgrad(*args):
-    return _call(Conv2dDgrad, _ops.conv2d_dgrad, 2, args)
+    return call(Conv2dDgrad, _ops.conv2d_dgrad, 2, args)
 
 
 def conv2d_wgrad(*args):
-    return _call(Conv2dWgrad, _ops.conv2d_wgrad, 2, args)
+    return call(Conv2dWgrad, _ops.conv2d_wgrad, 2, args)
 
 
 class MaxPool2d(Function):
@@ -160,15 +160,15 @@ def max_pool2d(x, *window, return_offsets):
     def without_gradient(x, *window):
         return _ops.max_pool2d_forward(x, *window, return_offsets)
 
-    return _call(MaxPool2d, without_gradient, 1, (x, *window))
+    return call(MaxPool2d, without_gradient, 1, (x, *window))
 
 
 def max_pool2d_backward(*args):
-    return _call(MaxPool2dBackward, _ops.max_pool2d_backward, 1, args)
+    return call(MaxPool2dBackward, _ops.max_pool2d_backward, 1, args)
 
 
 def max_pool2d_gather(*args):
-    return _call(MaxPool2dGather, _ops.max_pool2d_gather, 1, args)
+    return call(MaxPool2dGather, _ops.max_pool2d_gather, 1, args)
 
 
 class AvgPool2d(Function):
@@ -197,11 +197,11 @@ class AvgPool2dBackward(Function):
 
 
 def avg_pool2d(*args):
-    return _call(AvgPool2d, _ops.avg_pool2d_forward, 1, args)
+    return call(AvgPool2d, _ops.avg_pool2d_forward, 1, args)
 
 
 def avg_pool2d_backward(*args):
-    return _call(AvgPool2dBackward, _ops.avg_pool2d_backward, 1, args)
+    return call(AvgPool2dBackward, _ops.avg_pool2d_backward, 1, args)
 
 
 class BatchNormTrain(Function):
@@ -211,24 +211,26 @@ class BatchNormTrain(Function):
     def forward(ctx, x, weight, bias, running_mean, running_var, momentum, eps, channels_last):
         check_statistics(ctx)
         outputs = _ops.batch_norm_train(x, weight, bias, running_mean, running_var, momentum, eps, channels_last)
-        _save_batch_norm(ctx, x, weight, bias, *outputs[1:], eps, channels_last)
+        save_batch_norm_inputs(ctx, x, weight, bias, *outputs[1:], eps, channels_last)
         return outputs
 
     @staticmethod
     def backward(ctx, dy, *_):
-        return *_batch_norm_grads(ctx, dy, training=True), *(None for _ in range(5))
+        return *batch_norm_gradients(ctx, dy, training=True), *(None for _ in range(5))
 
 
 class BatchNormEval(Function):
     @staticmethod
     def forward(ctx, x, weight, bias, running_mean, running_var, eps, channels_last):
         check_statistics(ctx)
-        _save_batch_norm(ctx, x, weight, bias, *_running(x, running_mean, running_var, eps), eps, channels_last)
+        save_batch_norm_inputs(
+            ctx, x, weight, bias, *running_statistics(x, running_mean, running_var, eps), eps, channels_last
+        )
         return _ops.batch_norm_eval(x, weight, bias, running_mean, running_var, eps, channels_last)
 
     @staticmethod
     def backward(ctx, dy):
-        return *_batch_norm_grads(ctx, dy, training=False), *(None for _ in range(4))
+        return *batch_norm_gradients(ctx, dy, training=False), *(None for _ in range(4))
 
 
 def check_statistics(ctx):
@@ -240,20 +242,20 @@ def check_statistics(ctx):
             )
 
 
-def _running(x, running_mean, running_var, eps):
+def running_statistics(x, running_mean, running_var, eps):
     """mean and 1/√(var + eps) as copies, since a training step before backward would change the running statistics."""
     statistics = torch.float64 if x.dtype is torch.float64 else torch.float32
     mean, var = (t.to(statistics, copy=True) for t in (running_mean, running_var))
     return mean, (var + eps).rsqrt()
 
 
-def _save_batch_norm(ctx, x, weight, bias, mean, invstd, eps, channels_last):
+def save_batch_norm_inputs(ctx, x, weight, bias, mean, invstd, eps, channels_last):
     ctx.save_for_backward(x, weight, mean, invstd)
     ctx.bias_dtype = bias.dtype if bias is not None else None
     ctx.eps, ctx.channels_last = eps, channels_last
 
 
-def _batch_norm_grads(ctx, dy, training):
+def batch_norm_gradients(ctx, dy, training):
     x, weight, mean, invstd = ctx.saved_tensors
     if torch.is_grad_enabled():
         dx, dweight, dbias = batch_norm_backward(dy, x, weight, mean, invstd, training, ctx.eps)
@@ -300,103 +302,8 @@ def per_channel(values, x):
 
 
 def batch_norm_train(*args):
-    return _call(BatchNormTrain, _ops.batch_norm_train, 5, args)[0]
+    return call(BatchNormTrain, _ops.batch_norm_train, 5, args)[0]
 
 
 def batch_norm_eval(*args):
-    return _call(BatchNormEval, _ops.batch_norm_eval, 5, args)
-
-
-def register(namespace):
-    """Give the ops themselves the derivatives above, or an error, so that a direct call loses no gradient."""
-
-    def save(ctx, tensors, sizes, config):
-        ctx.save_for_backward(*tensors)
-        ctx.sizes, ctx.config = sizes, config
-
-    def conv2d_setup(ctx, inputs, output):
-        x, w, bias, *config = inputs
-        relu = config[7:] == [True]
-        save(ctx, (x, w, output if relu else None), None, config[:7])
-        ctx.others = len(config)
-
-    def conv2d_grad(ctx, dy):
-        x, w, y = ctx.saved_tensors
-        if y is not None:
-            dy = torch.ops.aten.threshold_backward(dy, y.detach(), 0)
-        dx = conv2d_dgrad(dy, w, x.shape, *ctx.config)
-        dw, db = conv2d_wgrad(dy, x, w.shape, ctx.needs_input_grad[2], *ctx.config)
-        return dx, dw, db if ctx.needs_input_grad[2] else None, *(None for _ in range(ctx.others))
-
-    def max_pool2d_setup(ctx, inputs, output):
-        x, *window, return_offsets = inputs
-        save(ctx, (output[1],), x.shape, window)
-        ctx.has_offsets = return_offsets
-
-    def max_pool2d_grad(ctx, dy, _):
-        if not ctx.has_offsets:
-            raise RuntimeError(f"{namespace}::max_pool2d_forward needs return_offsets=True to be differentiated")
-        dx = max_pool2d_backward(dy, *ctx.saved_tensors, ctx.sizes, *ctx.config)
-        return dx, *(None for _ in ctx.config), None
-
-    def avg_pool2d_setup(ctx, inputs, output):
-        x, *window = inputs
-        save(ctx, (), x.shape, window)
-
-    def avg_pool2d_grad(ctx, dy):
-        return avg_pool2d_backward(dy, ctx.sizes, *ctx.config), *(None for _ in ctx.config)
-
-    def batch_norm_setup(ctx, inputs, output):
-        x, weight, bias, running_mean, running_var, eps, channels_last = inputs
-        _save_batch_norm(ctx, x, weight, bias, *_running(x, running_mean, running_var, eps), eps, channels_last)
-
-    def batch_norm_grad(ctx, dy):
-        return *_batch_norm_grads(ctx, dy, training=False), *(None for _ in range(4))
-
-    def unsupported(name):
-        def backward(ctx, *grads):
-            raise NotImplementedError(f"{namespace}::{name} is differentiable through fastconv.autograd only")
-
-        return backward
-
-    torch.library.register_autograd(f"{namespace}::conv2d_fprop", conv2d_grad, setup_context=conv2d_setup)
-    torch.library.register_autograd(f"{namespace}::max_pool2d_forward", max_pool2d_grad, setup_context=max_pool2d_setup)
-    torch.library.register_autograd(f"{namespace}::avg_pool2d_forward", avg_pool2d_grad, setup_context=avg_pool2d_setup)
-    torch.library.register_autograd(f"{namespace}::batch_norm_eval", batch_norm_grad, setup_context=batch_norm_setup)
-    for name in (
-        "conv2d_dgrad",
-        "conv2d_wgrad",
-        "max_pool2d_backward",
-        "max_pool2d_gather",
-        "avg_pool2d_backward",
-        "batch_norm_backward",
-        "batch_norm_act_backward",
-        "batch_norm_moments",
-        "batch_norm_backward_sums",
-        "batch_norm_backward_apply",
-    ):
-        torch.library.register_autograd(f"{namespace}::{name}", unsupported(name))
-
-    # register_autograd takes no op that writes to its inputs, so these get a kernel that raises.
-    def raises(name):
-        op = getattr(getattr(torch.ops, namespace), name).default
-
-        def autograd_kernel(*args):
-            needs_grad = (
-                torch.is_grad_enabled() and not torch.compiler.is_exporting()
-            )  # an exported program checks when run
-            if needs_grad and any(isinstance(t, torch.Tensor) and t.requires_grad for t in args):
-                raise NotImplementedError(f"{namespace}::{name}: fastconv.batch_norm is the differentiable one")
-            with torch._C._AutoDispatchBelowAutograd():
-                return op(*args)
-
-        return autograd_kernel
-
-    library = torch.library.Library(namespace, "FRAGMENT")
-    for name in ("batch_norm_train", "batch_norm_act_train"):
-        library.impl(name, raises(name), "Autograd")
-    _libraries.append(library)
-
-
-_libraries = []  # an op's kernels live as long as the Library that registered them
-register("fastconv")
+    return call(BatchNormEval, _ops.batch_norm_eval, 5, args)

@@ -1,106 +1,23 @@
 """Convolution, pooling and BatchNorm with the signatures and semantics of torch.nn.functional."""
 
 import math
-import operator
 import re
-import warnings
 
 import torch
 import torch.nn.functional as F
 from torch.nn.modules.utils import _list_with_default
 
 from . import _ops, activated, autograd
-
-_FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_warned = set()
-
-
-def _has_kernel(tensor):
-    try:
-        dense = tensor.layout is torch.strided and (tensor.is_cpu or tensor.is_cuda or tensor.is_meta)
-    except AttributeError:  # no tensor: torch says so
-        return False
-    return dense and tensor.dtype in _FLOATING
-
-
-def _warn_fallback(op, tensor):
-    """Complex, integer and quantized tensors and other devices go to torch.nn.functional, with one warning each."""
-    if not isinstance(tensor, torch.Tensor):
-        return
-    key = (op, tensor.dtype, tensor.device.type)
-    if key not in _warned:
-        _warned.add(key)
-        warnings.warn(
-            f"fastconv has no {op} kernel for {tensor.dtype} on {tensor.device.type}: torch.nn.functional computes it",
-            stacklevel=3,
-        )
-
-
-def _channels_last(tensor):
-    """torch's suggest_memory_format: do the strides run W, H, N outward from C, the innermost?"""
-    stride = tensor.stride()
-    if stride[-1] < stride[1]:
-        return False
-    innermost = 0
-    for dim in (1, *range(tensor.dim() - 1, 1, -1), 0):
-        size = tensor.shape[dim]
-        if size == 0 or stride[dim] < innermost or (dim == 0 and innermost == stride[1]):
-            return False
-        if dim == 1 and stride[1] == 0:
-            return False
-        innermost = stride[dim] * size if size > 1 else stride[dim]
-    return True
-
-
-def _wants_channels_last(input, weight, cuda):
-    """The layout of a convolution: channels_last if input or weight is, but torch keeps float64 on CUDA in NCHW."""
-    if input.dim() != 4 or weight.dim() != 4 or (cuda and input.dtype is torch.float64):
-        return False
-    return _channels_last(input) or _channels_last(weight)
-
-
-def _is_plain(option):
-    numbers = option if isinstance(option, (tuple, list)) else (option,)
-    return all(isinstance(n, int) and -(2**63) <= n < 2**63 for n in numbers)
-
-
-def _reread(peer, error, tensors, options):
-    """What torch would make of the arguments of a call that failed with `error`.
-
-    torch takes NumPy's integers and tensors of one element for integers: returns the options with these made plain.
-    Raises torch's own error if it cannot read an argument, and `error` if that is not why the call failed.
-    """
-    missing = isinstance(error, AttributeError) or any(not isinstance(t, (torch.Tensor, type(None))) for t in tensors)
-    if not missing and all(map(_is_plain, options)):
-        raise error
-    try:
-        peer(*(t.to("meta") if isinstance(t, torch.Tensor) else t for t in tensors), *options)
-    except (RuntimeError, IndexError, ZeroDivisionError):  # read, but refused: so it will be here
-        pass
-    if missing or all(_is_plain(option) or isinstance(option, str) for option in options):
-        raise error
-    return [_plain(option) for option in options]
-
-
-def _plain(option):
-    if isinstance(option, (tuple, list)):
-        return [operator.index(number) for number in option]
-    return option if isinstance(option, str) else operator.index(option)
-
-
-@torch.compiler.assume_constant_result
-def _allow_tf32():
-    return torch.backends.cudnn.conv.fp32_precision == "tf32"
-
-
-def _same_padding(padding, kernel, dilation):
-    """('same' as symmetric padding, the rest to pad on the right and at the bottom), per axis in (H, W)."""
-    total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-    return [t // 2 for t in total], [t - 2 * (t // 2) for t in total]
-
-
-def _pair(value):
-    return (value, value) if isinstance(value, int) else tuple(value) * 2 if len(value) == 1 else tuple(value)
+from ._arguments import (
+    as_pair,
+    has_kernel,
+    is_channels_last,
+    reread,
+    string_padding,
+    tf32_is_allowed,
+    wants_channels_last,
+    warn_fallback,
+)
 
 
 def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, *, algo=None, activation=None):
@@ -128,10 +45,10 @@ def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, 
     """
     if activation is not None:
         _check_activation(activation)
-    if not _has_kernel(input):
+    if not has_kernel(input):
         if algo is not None:
             raise ValueError(f"algo={algo!r}: fastconv has no kernel for {input.dtype} on {input.device.type}")
-        _warn_fallback("conv2d", input)
+        warn_fallback("conv2d", input)
         y = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
         return y if activation is None else F.relu(y)
     cuda = input.is_cuda
@@ -145,13 +62,13 @@ def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, 
         if unbatched:
             input = input.unsqueeze(0)
         if isinstance(padding, str):
-            padding, input = _string_padding(padding, input, weight, stride, dilation)
-        channels_last = _wants_channels_last(input, weight, cuda)
-        allow_tf32 = cuda and input.dtype is torch.float32 and _allow_tf32()
+            padding, input = string_padding(padding, input, weight, stride, dilation)
+        channels_last = wants_channels_last(input, weight, cuda)
+        allow_tf32 = cuda and input.dtype is torch.float32 and tf32_is_allowed()
         convolve = autograd.conv2d if activation is None else activated.conv2d_relu
         y = convolve(input, weight, bias, stride, padding, dilation, groups, channels_last, allow_tf32, algo)
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:
-        options = _reread(F.conv2d, error, (input, weight, bias), (stride, padding, dilation, groups))
+        options = reread(F.conv2d, error, (input, weight, bias), (stride, padding, dilation, groups))
         y = conv2d(input, weight, bias, *options, algo=algo, activation=activation)
     return y.squeeze(0) if unbatched else y
 
@@ -159,24 +76,6 @@ def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, 
 def _check_activation(activation):
     if activation != "relu":
         raise ValueError(f"activation={activation!r}: expected 'relu' or None")
-
-
-def _string_padding(padding, input, weight, stride, dilation):
-    if padding == "valid":
-        return 0, input
-    if padding != "same":
-        raise RuntimeError(f"Invalid padding string: '{padding}'")
-    for name, value in (("stride", stride), ("dilation", dilation)):
-        if len(_pair(value)) != 2:
-            raise RuntimeError(f"{name} cannot broadcast to 2 dimensions")
-    if weight.dim() != 4:  # refused below
-        return 0, input
-    if any(s != 1 for s in _pair(stride)):
-        raise RuntimeError("padding='same' is not supported for strided convolutions")
-    symmetric, rest = _same_padding(padding, weight.shape[2:], _pair(dilation))
-    if any(rest) and input.dim() == 4:
-        input = F.pad(input, (0, rest[1], 0, rest[0]))
-    return symmetric, input
 
 
 def conv1d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, *, algo=None):
@@ -197,10 +96,10 @@ def conv1d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, 
         RuntimeError with torch's text for shapes, dtypes and parameters that torch refuses too.
         ValueError if `algo` is unknown or cannot do the problem, with the reason.
     """
-    if not _has_kernel(input):
+    if not has_kernel(input):
         if algo is not None:
             raise ValueError(f"algo={algo!r}: fastconv has no kernel for {input.dtype} on {input.device.type}")
-        _warn_fallback("conv1d", input)
+        warn_fallback("conv1d", input)
         return F.conv1d(input, weight, bias, stride, padding, dilation, groups)
     if input.dim() not in (2, 3):
         size = list(input.shape)
@@ -263,8 +162,8 @@ def max_pool2d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode
     Raises:
         RuntimeError with torch's text for shapes and parameters that torch refuses too.
     """
-    if not _has_kernel(input):
-        _warn_fallback("max_pool2d", input)
+    if not has_kernel(input):
+        warn_fallback("max_pool2d", input)
         return F.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
     unbatched = input.dim() == 3
     if unbatched:
@@ -273,12 +172,12 @@ def max_pool2d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode
         input = input.unsqueeze(0)
     if stride is None or (isinstance(stride, (tuple, list)) and len(stride) == 0):
         stride = kernel_size
-    channels_last = input.dim() == 4 and _channels_last(input)
+    channels_last = input.dim() == 4 and is_channels_last(input)
     window = (kernel_size, stride, padding, dilation, ceil_mode, channels_last)
     try:
         y, offsets = autograd.max_pool2d(input, *window, return_offsets=return_indices)
     except (RuntimeError, TypeError) as error:
-        window = (*_reread(F.max_pool2d, error, (input,), window[:4]), ceil_mode, channels_last)
+        window = (*reread(F.max_pool2d, error, (input,), window[:4]), ceil_mode, channels_last)
         y, offsets = autograd.max_pool2d(input, *window, return_offsets=return_indices)
     if not return_indices:
         return y.squeeze(0) if unbatched else y
@@ -305,8 +204,8 @@ def avg_pool2d(
     Raises:
         RuntimeError, IndexError with torch's text for shapes and parameters that torch refuses too.
     """
-    if not _has_kernel(input):
-        _warn_fallback("avg_pool2d", input)
+    if not has_kernel(input):
+        warn_fallback("avg_pool2d", input)
         return F.avg_pool2d(input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
     if stride is None or (not isinstance(stride, int) and len(stride) == 0):
         stride = kernel_size
@@ -331,11 +230,11 @@ def adaptive_avg_pool2d(input, output_size):
     Raises:
         RuntimeError, ValueError, IndexError with torch's text for shapes and sizes that torch refuses too.
     """
-    if not _has_kernel(input):
-        _warn_fallback("adaptive_avg_pool2d", input)
+    if not has_kernel(input):
+        warn_fallback("adaptive_avg_pool2d", input)
         return F.adaptive_avg_pool2d(input, output_size)
     size = _list_with_default(output_size, input.shape)
-    size = _pair(size) if isinstance(size, int) else tuple(size)
+    size = as_pair(size) if isinstance(size, int) else tuple(size)
     if input.dim() < 2 or (input.dim() == 3 and 0 in input.shape[1:] and size != (1, 1)):  # torch's own error
         return F.adaptive_avg_pool2d(input, output_size)
     if size == (1, 1) and input.dim() not in (3, 4):  # torch takes the mean, whatever is in front of the map
@@ -348,7 +247,7 @@ def _avg_pool2d(input, *window):
     unbatched = input.dim() == 3
     if unbatched:
         input = input.unsqueeze(0)
-    channels_last = input.dim() == 4 and _channels_last(input)
+    channels_last = input.dim() == 4 and is_channels_last(input)
     y = autograd.avg_pool2d(input, *window, channels_last)
     return y.squeeze(0) if unbatched else y
 
@@ -390,13 +289,13 @@ def batch_norm(
     if activation is not None:
         _check_activation(activation)
         alike = isinstance(residual, torch.Tensor) and residual.shape == input.shape and residual.dtype is input.dtype
-        if not _has_kernel(input) or not (residual is None or alike):
+        if not has_kernel(input) or not (residual is None or alike):
             y = batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
             return F.relu(y if residual is None else y + residual)
     elif residual is not None:
         raise ValueError("a residual is added before an activation: pass activation='relu' too")
-    if not _has_kernel(input):
-        _warn_fallback("batch_norm", input)
+    if not has_kernel(input):
+        warn_fallback("batch_norm", input)
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     if input.dim() < 2 or not isinstance(training, bool) or not isinstance(momentum, (float, int)):  # torch's own error
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
@@ -405,7 +304,7 @@ def batch_norm(
     if eps <= 0.0:  # versions of torch differ in what they refuse and how they say it: ask this one
         values = torch.ones(2, 1)
         F.batch_norm(values, values[0], values[0], training=training, eps=eps)
-    channels_last = input.dim() in (4, 5) and _channels_last(input)
+    channels_last = input.dim() in (4, 5) and is_channels_last(input)
     tensors = (weight, bias, running_mean, running_var)
     try:
         if training:
@@ -419,4 +318,4 @@ def batch_norm(
             return activated.batch_norm_act_eval(input, *tensors, residual, eps, channels_last)
         return autograd.batch_norm_eval(input, *tensors, eps, channels_last)
     except (RuntimeError, AttributeError) as error:
-        _reread(F.batch_norm, error, (input, running_mean, running_var, weight, bias), ())
+        reread(F.batch_norm, error, (input, running_mean, running_var, weight, bias), ())

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import functional
+from . import _arguments
 
 _UNITS = ("B", "KiB", "MiB", "GiB")
 
@@ -96,7 +96,7 @@ def plan(input, weight, stride=1, padding=0, dilation=1, groups=1, *, direction=
     Raises:
         what fastconv.conv2d raises for the same arguments; ValueError for an unknown direction, arch or algo.
     """
-    if not functional._has_kernel(input):
+    if not _arguments.has_kernel(input):
         raise ValueError(f"fastconv has no kernel for {input.dtype} on {input.device.type}: torch computes it")
     x = input.unsqueeze(0) if input.dim() == 3 else input
     num_sms = 0
@@ -106,19 +106,19 @@ def plan(input, weight, stride=1, padding=0, dilation=1, groups=1, *, direction=
             device = torch.cuda.get_device_properties(x.device)
             arch, num_sms = f"sm_{device.major}{device.minor}", device.multi_processor_count
     if isinstance(padding, str):
-        padding, x = functional._string_padding(padding, x, weight, stride, dilation)
+        padding, x = _arguments.string_padding(padding, x, weight, stride, dilation)
     cuda = arch != "cpu"
-    channels_last = functional._wants_channels_last(x, weight, cuda)
+    channels_last = _arguments.wants_channels_last(x, weight, cuda)
     explained = _introspection().plan_conv2d(
         list(x.shape),
         list(weight.shape),
-        list(functional._pair(stride)),
-        list(functional._pair(padding)),
-        list(functional._pair(dilation)),
+        list(_arguments.as_pair(stride)),
+        list(_arguments.as_pair(padding)),
+        list(_arguments.as_pair(dilation)),
         groups,
         str(x.dtype).removeprefix("torch."),
         channels_last,
-        cuda and x.dtype is torch.float32 and functional._allow_tf32(),
+        cuda and x.dtype is torch.float32 and _arguments.tf32_is_allowed(),
         direction,
         arch,
         num_sms,

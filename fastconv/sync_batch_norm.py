@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.autograd import Function
 
-from . import _ops, functional
+from . import _arguments, _ops, functional
 
 
 def _gather(tensor, group):
@@ -139,7 +139,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         track = not self.training or self.track_running_stats
         running = (self.running_mean, self.running_var) if track else (None, None)
         if self.training and self._processes() > 1:
-            channels_last = input.dim() in (4, 5) and functional._channels_last(input)
+            channels_last = input.dim() in (4, 5) and _arguments.is_channels_last(input)
             group = self.process_group or dist.group.WORLD
             return _SyncBatchNorm.apply(
                 input, self.weight, self.bias, *running, momentum, self.eps, channels_last, group

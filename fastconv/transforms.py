@@ -219,7 +219,7 @@ class BatchNormTrain(autograd.BatchNormTrain):
         autograd.check_statistics(ctx)
         x, weight, bias, _, _, _, eps, channels_last = inputs
         _, mean, invstd = output
-        autograd._save_batch_norm(ctx, x, weight, bias, mean, invstd, eps, channels_last)
+        autograd.save_batch_norm_inputs(ctx, x, weight, bias, mean, invstd, eps, channels_last)
         ctx.save_for_forward(x, weight, mean, invstd)
         ctx.mark_non_differentiable(mean, invstd)
 
@@ -239,8 +239,8 @@ class BatchNormEval(autograd.BatchNormEval):
     def setup_context(ctx, inputs, output):
         autograd.check_statistics(ctx)
         x, weight, bias, running_mean, running_var, eps, channels_last = inputs
-        mean, invstd = autograd._running(x, running_mean, running_var, eps)
-        autograd._save_batch_norm(ctx, x, weight, bias, mean, invstd, eps, channels_last)
+        mean, invstd = autograd.running_statistics(x, running_mean, running_var, eps)
+        autograd.save_batch_norm_inputs(ctx, x, weight, bias, mean, invstd, eps, channels_last)
         ctx.save_for_forward(x, weight, mean, invstd)
 
     @staticmethod

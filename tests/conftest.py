@@ -15,7 +15,7 @@ import sanitizers
 import torch
 
 import fastconv
-from fastconv import _fake, _ops, _vmap, activated, autograd
+from fastconv import _derivatives, _fake, _ops, _vmap
 
 ROOT = Path(__file__).resolve().parent.parent
 PASSED = pytest.StashKey[bool]()
@@ -75,7 +75,7 @@ def emulated_library(request):
     """The emulated library, loaded, with its ops' fake kernels, vmap rules and derivatives."""
     path = emulated_library_path(request.config.getoption("--fastconv-sanitizer"))
     torch.ops.load_library(str(path))
-    for module in (_fake, _vmap, autograd, activated):
+    for module in (_fake, _vmap, _derivatives):
         module.register("fastconv_emulated")
     library = ctypes.CDLL(str(path))
     library.fastconv_emulation_switches.restype = ctypes.c_uint64

@@ -76,7 +76,7 @@ class Outcome:
 
 
 def compare(call):
-    fastconv.functional._warned.clear()
+    fastconv._arguments.warned.clear()
     with without_onednn():  # what goes on to torch as well
         ours = Outcome(fastconv, call)
     if any(abs(number) >= 2**31 for number in call.numbers()):

@@ -474,7 +474,7 @@ def test_autocast_casts_as_torch_does(native_backend):
 
 def test_what_no_kernel_computes_goes_to_torch_with_one_warning():
     x, w = torch.randn(1, 2, 5, 6, dtype=torch.complex64), torch.randn(3, 2, 2, 3, dtype=torch.complex64)
-    fastconv.functional._warned.clear()
+    fastconv._arguments.warned.clear()
     with pytest.warns(UserWarning, match="fastconv has no conv2d kernel for torch.complex64 on cpu"):
         y = fastconv.conv2d(x, w)
     assert torch.equal(y, F.conv2d(x, w))
