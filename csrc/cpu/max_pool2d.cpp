@@ -11,6 +11,7 @@
 // whoever computes what follows. It never reads beyond the tensor and never writes beyond its task; where it would, the
 // rest is done one element at a time.
 #include "max_pool2d_backward.h"
+#include "max_pool2d_backward_stride_2.h"
 #include "max_pool2d_forward.h"
 
 namespace fastconv::cpu {
@@ -50,7 +51,18 @@ void forward_as(const MaxPool2dProblem& p, const T* x, T* y, Offset* offsets, co
 
 template <typename T, typename Offset>
 void backward_as(const MaxPool2dProblem& p, const T* dy, const Offset* offsets, T* dx, const Parallel& parallel) {
-  if (p.layout == Layout::NHWC) return backward_nhwc(p, dy, offsets, dx, parallel);
+  const bool nhwc = p.layout == Layout::NHWC;
+  if constexpr (sizeof(Offset) == 1) {
+    if (is_stride_2(p)) {
+      if (nhwc && p.R == 2) return backward_nhwc_stride_2<2>(p, dy, offsets, dx, parallel);
+      if (nhwc) return backward_nhwc_stride_2<3>(p, dy, offsets, dx, parallel);
+      if (p.R == 2 && p.pad_w == 0) return backward_nchw_stride_2<2, false>(p, dy, offsets, dx, parallel);
+      if (p.R == 2) return backward_nchw_stride_2<2, true>(p, dy, offsets, dx, parallel);
+      if (p.pad_w == 0) return backward_nchw_stride_2<3, false>(p, dy, offsets, dx, parallel);
+      return backward_nchw_stride_2<3, true>(p, dy, offsets, dx, parallel);
+    }
+  }
+  if (nhwc) return backward_nhwc(p, dy, offsets, dx, parallel);
   if constexpr (sizeof(Offset) == 1) {
     if (p.stride_w == 1) return backward_nchw<1>(p, dy, offsets, dx, parallel);
     if (p.stride_w == 2) return backward_nchw<2>(p, dy, offsets, dx, parallel);

@@ -170,12 +170,11 @@ FASTCONV_INLINE mask_t<T> load_offsets(const Offset* p) {
   typename OffsetVector<T, Offset>::type narrow;
   memcpy(&narrow, p, sizeof narrow);
 #if defined(__SSE2__)
-  if constexpr (sizeof narrow <= 8 && sizeof(Offset) == 1) {
-    int64_t word = 0;
-    memcpy(&word, &narrow, sizeof narrow);
-    const __m128i bytes = _mm_cvtsi64_si128(word);
+  if constexpr (sizeof(Offset) == 1) {
+    __m128i bytes = _mm_setzero_si128();
+    memcpy(&bytes, &narrow, sizeof narrow);
 #if defined(__AVX512F__)
-    return (mask_t<T>)_mm512_cvtepu8_epi64(bytes);
+    return lanes<T> == 16 ? (mask_t<T>)_mm512_cvtepu8_epi32(bytes) : (mask_t<T>)_mm512_cvtepu8_epi64(bytes);
 #elif defined(__AVX2__)
     return lanes<T> == 8 ? (mask_t<T>)_mm256_cvtepu8_epi32(bytes) : (mask_t<T>)_mm256_cvtepu8_epi64(bytes);
 #else
@@ -189,16 +188,19 @@ FASTCONV_INLINE mask_t<T> load_offsets(const Offset* p) {
 }
 template <typename T, typename Offset>
 FASTCONV_INLINE void store_offsets(Offset* p, mask_t<T> v) {
-#if defined(__SSE2__) && !defined(__AVX512F__)
+#if defined(__SSE2__)
   if constexpr (sizeof(Offset) == 1) {
-#if defined(__AVX2__)
+#if defined(__AVX512F__)
+    const __m128i bytes = lanes<T> == 16 ? _mm512_cvtepi32_epi8((__m512i)v) : _mm512_cvtepi64_epi8((__m512i)v);
+#elif defined(__AVX2__)
     const __m256i even_ints = _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6);
     const __m256i ints = lanes<T> == 8 ? (__m256i)v : _mm256_permutevar8x32_epi32((__m256i)v, even_ints);
     const __m128i low = _mm256_castsi256_si128(ints), high = _mm256_extracti128_si256(ints, 1);
+    const __m128i words = _mm_packs_epi32(low, high), bytes = _mm_packus_epi16(words, words);
 #else
     const __m128i low = lanes<T> == 4 ? (__m128i)v : _mm_shuffle_epi32((__m128i)v, 0x88), high = low;
-#endif
     const __m128i words = _mm_packs_epi32(low, high), bytes = _mm_packus_epi16(words, words);
+#endif
     memcpy(p, &bytes, lanes<T>);
     return;
   }
