@@ -1,0 +1,139 @@
+// fprop of a stem: y[pixel][filter] = bias[filter] + Σ_t x[pixel's window][t] · filters[t][filter]     t = (r, s, c)
+//
+// Vectors run along the filters, two of them wide, for some neighbouring pixels of a row: the sums stay in registers
+// over all taps, windows are read where the stage has them, and y is written once, with bias and ReLU. NCHW takes a row
+// of sums by way of scratch, which is transposed.
+#pragma once
+
+#include "conv2d_stem_stage.h"
+#include "conv2d_wgrad_out.h"
+#include "gemm.h"
+#include "transpose.h"
+
+namespace fastconv::cpu {
+namespace {
+
+// Sums of so many pixels fill the registers.
+constexpr int stem_pixels = vector_bytes == 64 ? 14 : 6;
+
+// A row of pixels of one panel of filters.
+template <typename E>
+struct StemRow {
+  const E *x, *filters, *bias;
+  int64_t step;                  // elements from a pixel's window to the next one's
+  int64_t rows, length, pitch;   // of the window: R, S·C, and the stage's row
+  E* out;
+  int64_t out_pitch, count;      // filters to be written
+  bool relu;
+};
+
+template <typename E, int Pixels, int Vectors>
+void stem_tile(const StemRow<E>& row, int64_t pixel) {
+  vec_t<E> sums[Pixels][Vectors];
+  for (int i = 0; i < Pixels; ++i)
+    for (int v = 0; v < Vectors; ++v) sums[i][v] = load(row.bias + v * lanes<E>);
+  const E* filters = row.filters;
+  const int64_t step = row.step;
+  for (int64_t r = 0; r < row.rows; ++r) {
+    constexpr int bases = (Pixels + 2) / 3;  // three pixels share an address register
+    const E* from[bases];
+    for (int i = 0; i < bases; ++i) from[i] = row.x + r * row.pitch + (pixel + 3 * i) * step;
+    for (int64_t t = 0; t < row.length; ++t, filters += panel_cols<E>) {
+      vec_t<E> w[Vectors];
+      for (int v = 0; v < Vectors; ++v) w[v] = load(filters + v * lanes<E>);
+      for (int i = 0; i < Pixels; ++i) {
+        const vec_t<E> value = broadcast<E>(from[i / 3][t + i % 3 * step]);
+        for (int v = 0; v < Vectors; ++v) sums[i][v] += value * w[v];
+      }
+    }
+  }
+  E* out = row.out + pixel * row.out_pitch;
+  for (int i = 0; i < Pixels; ++i, out += row.out_pitch) {
+    for (int v = 0; v < Vectors; ++v) {
+      const vec_t<E> sum = row.relu ? relu(sums[i][v]) : sums[i][v];
+      if (row.count >= (v + 1) * lanes<E>)
+        store(out + v * lanes<E>, sum);
+      else
+        store_first(out + v * lanes<E>, sum, row.count - v * lanes<E>);
+    }
+  }
+}
+
+template <typename E, int Vectors, int... I>
+void stem_row(const StemRow<E>& row, int64_t pixels, std::integer_sequence<int, I...>) {
+  constexpr void (*tiles[])(const StemRow<E>&, int64_t) = {stem_tile<E, I + 1, Vectors>...};
+  const int64_t count = ceil_div(pixels, stem_pixels);
+  for (int64_t tile = 0; tile < count; ++tile) {
+    const int64_t first = tile * pixels / count;
+    tiles[(tile + 1) * pixels / count - first - 1](row, first);
+  }
+}
+
+// panel[t][lane] = w[lane][t] for `width` filters from w on; zeros in the other lanes.
+template <typename T>
+void pack_stem_filters(const Conv2dProblem& p, const T* w, int64_t width, acc_t<T>* panel) {
+  constexpr int64_t cols = panel_cols<acc_t<T>>;
+  const int64_t depth = stem_depth(p), taps = p.R * p.S;
+  if (width < cols) fill_zero<T>(panel, depth * cols);
+  if (p.layout == Layout::NHWC) return transpose(w, depth, width, depth, panel, cols);
+  for (int64_t c = 0; c < p.C; ++c) transpose(w + c * taps, depth, width, taps, panel + c * cols, p.C * cols);
+}
+
+template <typename T>
+void stem_fprop(const Conv2dProblem& p, const Conv2dPlan& plan, const T* x, const T* w, const T* bias, T* y,
+                acc_t<T>* workspace, char* scratch, const Parallel& parallel) {
+  using E = acc_t<T>;
+  constexpr int64_t cols = panel_cols<E>;
+  const int64_t depth = stem_depth(p), panels = ceil_div(p.K, cols);
+  E *filters = workspace, *biases = filters + panels * depth * cols;
+  for_each_task(parallel, panels, [&](int, int64_t panel) {
+    const int64_t k0 = panel * cols, width = min_of(cols, p.K - k0);
+    pack_stem_filters(p, w + k0 * depth, width, filters + k0 * depth);
+    fill_zero<T>(biases + k0, cols);
+    if (bias) copy_strided(bias + k0, 1, biases + k0, width);
+  });
+
+  const StemBlock block = stem_block(p, plan.tile_n);
+  const int64_t row_blocks = ceil_div(p.P, block.rows), col_blocks = ceil_div(p.Q, block.cols);
+  for_each_task(parallel, p.N * row_blocks * col_blocks, [&](int worker, int64_t task) {
+    const int64_t q0 = task % col_blocks * block.cols, p0 = task / col_blocks % row_blocks * block.rows;
+    const int64_t n = task / col_blocks / row_blocks;
+    const int64_t q_count = min_of(block.cols, p.Q - q0), p_count = min_of(block.rows, p.P - p0);
+    E* stage = reinterpret_cast<E*>(scratch + worker * plan.scratch_bytes);
+    E* sums = stage + stem_fprop_scratch(p, plan).sums;
+    const int64_t stage_cols = (q_count - 1) * p.stride_w + p.S;
+    stage_rows(p, x, n, p0 * p.stride_h - p.pad_h, (p_count - 1) * p.stride_h + p.R, q0 * p.stride_w - p.pad_w,
+               stage_cols, stage);
+    StemRow<E> row{stage, filters, biases, p.stride_w * p.C, p.R, p.S * p.C, stage_cols * p.C, sums, cols, cols,
+                   p.relu};
+    for (int64_t i = 0; i < p_count; ++i) {
+      row.x = stage + i * p.stride_h * row.pitch;
+      const int64_t pixel = (n * p.P + p0 + i) * p.Q + q0;
+      for (int64_t k0 = 0; k0 < p.K; k0 += cols) {
+        const int64_t width = min_of(cols, p.K - k0);
+        row.filters = filters + k0 * depth;
+        row.bias = biases + k0;
+        row.count = width;
+        if constexpr (std::is_same_v<T, E>) {
+          if (p.layout == Layout::NHWC) {
+            row.out = y + pixel * p.K + k0;
+            row.out_pitch = p.K;
+          }
+        }
+        constexpr auto sizes = std::make_integer_sequence<int, stem_pixels>();
+        if (width > lanes<E>)
+          stem_row<E, 2>(row, q_count, sizes);
+        else
+          stem_row<E, 1>(row, q_count, sizes);
+        if (p.layout == Layout::NCHW) {
+          transpose(sums, cols, q_count, width, y + ((n * p.K + k0) * p.P + p0 + i) * p.Q + q0, p.P * p.Q);
+        } else if (!std::is_same_v<T, E>) {
+          for (int64_t q = 0; q < q_count; ++q) convert_row(sums + q * cols, width, y + (pixel + q) * p.K + k0);
+        }
+      }
+    }
+  });
+}
+
+}  // namespace
+}  // namespace fastconv::cpu
