@@ -36,16 +36,19 @@ inline StemBlock stem_block(const Conv2dProblem& p, int64_t most_pixels) {
 
 inline int64_t stem_depth(const Conv2dProblem& p) { return p.R * p.S * p.C; }
 
-// fprop's workspace: the filters, [panel][r][s][c][lane], and then the bias. Its scratch: the stage, a row of sums.
+// fprop's workspace: the filters, [panel][r][s][c][lane], and then the bias. Its scratch: the taps'
+// offsets (int64), the stage, a row of sums.
 inline int64_t stem_filter_elements(const Conv2dProblem& p) { return whole_panels(p.K) * (stem_depth(p) + 1); }
 
 struct StemScratch {
-  int64_t sums, end;
+  int64_t stage, sums, end;
 };
 inline StemScratch stem_fprop_scratch(const Conv2dProblem& p, const Conv2dPlan& plan) {
-  StemScratch s{};
+  const auto line = [](int64_t elements) { return pieces_of(elements, 16) * 16; };
   const StemBlock b = stem_block(p, plan.tile_n);
-  s.sums = (b.stage_rows * b.stage_row + slack + 15) / 16 * 16;
+  StemScratch s{};
+  s.stage = line(2 * stem_depth(p));  // an int64 takes two floats
+  s.sums = s.stage + line(b.stage_rows * b.stage_row + slack);
   s.end = s.sums + b.cols * max_panel_cols + slack;
   return s;
 }

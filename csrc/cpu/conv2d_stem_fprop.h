@@ -19,49 +19,62 @@ constexpr int stem_pixels = vector_bytes == 64 ? 14 : 6;
 // A row of pixels of one panel of filters.
 template <typename E>
 struct StemRow {
-  const E *x, *filters, *bias;
-  int64_t step;                  // elements from a pixel's window to the next one's
-  int64_t rows, length, pitch;   // of the window: R, S·C, and the stage's row
+  const E* x;  // the first pixel's window, and the step to the next pixel's
+  int64_t step;
+  const int64_t* offsets;  // of the taps in a window
+  int64_t depth;
+  const E *filters, *bias;
   E* out;
-  int64_t out_pitch, count;      // filters to be written
+  int64_t out_pitch, count;  // filters to be written
   bool relu;
 };
+
+// Unrolled before the compiler decides what lives in registers: otherwise all the sums take a way by the stack.
+#define FASTCONV_UNROLL _Pragma("GCC unroll 16")
 
 template <typename E, int Pixels, int Vectors>
 void stem_tile(const StemRow<E>& row, int64_t pixel) {
   vec_t<E> sums[Pixels][Vectors];
+  FASTCONV_UNROLL
   for (int i = 0; i < Pixels; ++i)
     for (int v = 0; v < Vectors; ++v) sums[i][v] = load(row.bias + v * lanes<E>);
-  const E* filters = row.filters;
+  const E *x = row.x + pixel * row.step, *filters = row.filters;
   const int64_t step = row.step;
-  for (int64_t r = 0; r < row.rows; ++r) {
-    constexpr int bases = (Pixels + 2) / 3;  // three pixels share an address register
-    const E* from[bases];
-    for (int i = 0; i < bases; ++i) from[i] = row.x + r * row.pitch + (pixel + 3 * i) * step;
-    for (int64_t t = 0; t < row.length; ++t, filters += panel_cols<E>) {
-      vec_t<E> w[Vectors];
-      for (int v = 0; v < Vectors; ++v) w[v] = load(filters + v * lanes<E>);
-      for (int i = 0; i < Pixels; ++i) {
-        const vec_t<E> value = broadcast<E>(from[i / 3][t + i % 3 * step]);
-        for (int v = 0; v < Vectors; ++v) sums[i][v] += value * w[v];
-      }
+  for (int64_t t = 0; t < row.depth; ++t, filters += panel_cols<E>) {
+    const E* from[(Pixels + 2) / 3];  // three pixels share an address register
+    from[0] = x + row.offsets[t];
+    for (int i = 1; i < (Pixels + 2) / 3; ++i) from[i] = from[i - 1] + 3 * step;
+    vec_t<E> w[Vectors];
+    for (int v = 0; v < Vectors; ++v) w[v] = load(filters + v * lanes<E>);
+    FASTCONV_UNROLL
+    for (int i = 0; i < Pixels; ++i) {
+      const vec_t<E> value = broadcast<E>(from[i / 3][i % 3 * step]);
+      for (int v = 0; v < Vectors; ++v) sums[i][v] += value * w[v];
     }
   }
+  if (row.relu) {
+    FASTCONV_UNROLL
+    for (int i = 0; i < Pixels; ++i)
+      for (int v = 0; v < Vectors; ++v) sums[i][v] = relu(sums[i][v]);
+  }
   E* out = row.out + pixel * row.out_pitch;
-  for (int i = 0; i < Pixels; ++i, out += row.out_pitch) {
-    for (int v = 0; v < Vectors; ++v) {
-      const vec_t<E> sum = row.relu ? relu(sums[i][v]) : sums[i][v];
-      if (row.count >= (v + 1) * lanes<E>)
-        store(out + v * lanes<E>, sum);
-      else
-        store_first(out + v * lanes<E>, sum, row.count - v * lanes<E>);
+  constexpr int last = Vectors - 1;
+  if (row.count == Vectors * lanes<E>) {
+    FASTCONV_UNROLL
+    for (int i = 0; i < Pixels; ++i, out += row.out_pitch)
+      for (int v = 0; v < Vectors; ++v) store(out + v * lanes<E>, sums[i][v]);
+  } else {
+    FASTCONV_UNROLL
+    for (int i = 0; i < Pixels; ++i, out += row.out_pitch) {
+      if (Vectors == 2) store(out, sums[i][0]);
+      store_first(out + last * lanes<E>, sums[i][last], row.count - last * lanes<E>);
     }
   }
 }
 
 template <typename E, int Vectors, int... I>
 void stem_row(const StemRow<E>& row, int64_t pixels, std::integer_sequence<int, I...>) {
-  constexpr void (*tiles[])(const StemRow<E>&, int64_t) = {stem_tile<E, I + 1, Vectors>...};
+  static constexpr void (*tiles[])(const StemRow<E>&, int64_t) = {stem_tile<E, I + 1, Vectors>...};
   const int64_t count = ceil_div(pixels, stem_pixels);
   for (int64_t tile = 0; tile < count; ++tile) {
     const int64_t first = tile * pixels / count;
@@ -94,20 +107,21 @@ void stem_fprop(const Conv2dProblem& p, const Conv2dPlan& plan, const T* x, cons
   });
 
   const StemBlock block = stem_block(p, plan.tile_n);
+  const StemScratch layout = stem_fprop_scratch(p, plan);
   const int64_t row_blocks = ceil_div(p.P, block.rows), col_blocks = ceil_div(p.Q, block.cols);
   for_each_task(parallel, p.N * row_blocks * col_blocks, [&](int worker, int64_t task) {
     const int64_t q0 = task % col_blocks * block.cols, p0 = task / col_blocks % row_blocks * block.rows;
     const int64_t n = task / col_blocks / row_blocks;
     const int64_t q_count = min_of(block.cols, p.Q - q0), p_count = min_of(block.rows, p.P - p0);
-    E* stage = reinterpret_cast<E*>(scratch + worker * plan.scratch_bytes);
-    E* sums = stage + stem_fprop_scratch(p, plan).sums;
-    const int64_t stage_cols = (q_count - 1) * p.stride_w + p.S;
+    auto* offsets = reinterpret_cast<int64_t*>(scratch + worker * plan.scratch_bytes);
+    E *memory = reinterpret_cast<E*>(offsets), *stage = memory + layout.stage, *sums = memory + layout.sums;
+    const int64_t stage_cols = (q_count - 1) * p.stride_w + p.S, stage_row = stage_cols * p.C;
+    for (int64_t t = 0; t < depth; ++t) offsets[t] = t / (p.S * p.C) * stage_row + t % (p.S * p.C);
     stage_rows(p, x, n, p0 * p.stride_h - p.pad_h, (p_count - 1) * p.stride_h + p.R, q0 * p.stride_w - p.pad_w,
                stage_cols, stage);
-    StemRow<E> row{stage, filters, biases, p.stride_w * p.C, p.R, p.S * p.C, stage_cols * p.C, sums, cols, cols,
-                   p.relu};
+    StemRow<E> row{stage, p.stride_w * p.C, offsets, depth, filters, biases, sums, cols, cols, p.relu};
     for (int64_t i = 0; i < p_count; ++i) {
-      row.x = stage + i * p.stride_h * row.pitch;
+      row.x = stage + i * p.stride_h * stage_row;
       const int64_t pixel = (n * p.P + p0 + i) * p.Q + q0;
       for (int64_t k0 = 0; k0 < p.K; k0 += cols) {
         const int64_t width = min_of(cols, p.K - k0);

@@ -1,5 +1,5 @@
-// Rows of pixels of x with their padding, the channels of a pixel side by side in both memory orders. The taps (s, c) of
-// a row of a window are then neighbours, and windows are read in place.
+// Rows of pixels of x with their padding, the channels of a pixel side by side in both memory orders. The taps (s, c)
+// of a row of a window are then neighbours, and windows are read in place.
 #pragma once
 
 #include "conv2d_stage.h"
