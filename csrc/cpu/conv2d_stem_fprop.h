@@ -72,13 +72,15 @@ void stem_tile(const StemRow<E>& row, int64_t pixel) {
   }
 }
 
-template <typename E, int Vectors, int... I>
-void stem_row(const StemRow<E>& row, int64_t pixels, std::integer_sequence<int, I...>) {
+// ahead(first, end): the pixels of the next tile.
+template <int Vectors, typename E, typename Ahead, int... I>
+void stem_row(const StemRow<E>& row, int64_t pixels, const Ahead& ahead, std::integer_sequence<int, I...>) {
   static constexpr void (*tiles[])(const StemRow<E>&, int64_t) = {stem_tile<E, I + 1, Vectors>...};
   const int64_t count = ceil_div(pixels, stem_pixels);
   for (int64_t tile = 0; tile < count; ++tile) {
-    const int64_t first = tile * pixels / count;
-    tiles[(tile + 1) * pixels / count - first - 1](row, first);
+    const int64_t first = tile * pixels / count, end = (tile + 1) * pixels / count;
+    ahead(first, end);
+    tiles[end - first - 1](row, first);
   }
 }
 
@@ -120,30 +122,37 @@ void stem_fprop(const Conv2dProblem& p, const Conv2dPlan& plan, const T* x, cons
     stage_rows(p, x, n, p0 * p.stride_h - p.pad_h, (p_count - 1) * p.stride_h + p.R, q0 * p.stride_w - p.pad_w,
                stage_cols, stage);
     StemRow<E> row{stage, p.stride_w * p.C, offsets, depth, filters, biases, sums, cols, cols, p.relu};
+    const int64_t pitch = p.layout == Layout::NHWC ? p.K : 1, plane = p.layout == Layout::NHWC ? 1 : p.P * p.Q;
     for (int64_t i = 0; i < p_count; ++i) {
       row.x = stage + i * p.stride_h * stage_row;
-      const int64_t pixel = (n * p.P + p0 + i) * p.Q + q0;
       for (int64_t k0 = 0; k0 < p.K; k0 += cols) {
         const int64_t width = min_of(cols, p.K - k0);
         row.filters = filters + k0 * depth;
         row.bias = biases + k0;
         row.count = width;
+        T* out = y + n * p.K * p.P * p.Q + ((p0 + i) * p.Q + q0) * pitch + k0 * plane;
         if constexpr (std::is_same_v<T, E>) {
-          if (p.layout == Layout::NHWC) {
-            row.out = y + pixel * p.K + k0;
-            row.out_pitch = p.K;
-          }
+          if (pitch > 1) row.out = out, row.out_pitch = pitch;
         }
+        // The lines of y are on their way while the sums that go there are made.
+        constexpr int64_t line = 64 / sizeof(T);
+        const auto ahead = [&](int64_t first, int64_t end) __attribute__((always_inline)) {
+          if (pitch > 1) {
+            for (int64_t q = first; q < end; ++q)
+              for (int64_t k = 0; k < width; k += line) __builtin_prefetch(out + q * pitch + k, 1);
+          } else {
+            for (int64_t k = 0; k < width; ++k) __builtin_prefetch(out + k * plane + end - 1, 1);
+          }
+        };
         constexpr auto sizes = std::make_integer_sequence<int, stem_pixels>();
         if (width > lanes<E>)
-          stem_row<E, 2>(row, q_count, sizes);
+          stem_row<2>(row, q_count, ahead, sizes);
         else
-          stem_row<E, 1>(row, q_count, sizes);
-        if (p.layout == Layout::NCHW) {
-          transpose(sums, cols, q_count, width, y + ((n * p.K + k0) * p.P + p0 + i) * p.Q + q0, p.P * p.Q);
-        } else if (!std::is_same_v<T, E>) {
-          for (int64_t q = 0; q < q_count; ++q) convert_row(sums + q * cols, width, y + (pixel + q) * p.K + k0);
-        }
+          stem_row<1>(row, q_count, ahead, sizes);
+        if (pitch == 1)
+          transpose(sums, cols, q_count, width, out, plane);
+        else if (!std::is_same_v<T, E>)
+          for (int64_t q = 0; q < q_count; ++q) convert_row(sums + q * cols, width, out + q * pitch);
       }
     }
   });
