@@ -13,12 +13,20 @@
 #include "conv2d_im2col_channels.h"
 #include "conv2d_im2col_pixels.h"
 #include "conv2d_im2col_pixels_wgrad.h"
+#include "conv2d_stem_blocks.h"
 
 namespace fastconv::cpu {
+
+namespace FASTCONV_ISA {
+extern const Conv2dKernels conv2d_stem;
+}
+
 namespace {
 
 void fprop(const Conv2dProblem& problem, const Conv2dPlan& plan, const void* x, const void* w, const void* bias,
            void* y, void* workspace, void* scratch, const Parallel& parallel) {
+  if (is_stem(problem))
+    return FASTCONV_ISA::conv2d_stem.fprop(problem, plan, x, w, bias, y, workspace, scratch, parallel);
   dispatch(problem.dtype, [&](auto element) {
     using T = decltype(element);
     const auto run = along_pixels(problem, plan.direction) ? fprop_pixels<T> : fprop_channels<T>;

@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <stdexcept>
 
+#include "../cpu/conv2d_stem_blocks.h"
 #include "../cpu/conv2d_winograd_blocks.h"
 #include "../plan.h"
 
@@ -125,7 +126,15 @@ void plan_wgrad(const Conv2dProblem& p, Conv2dPlan& plan) {
   plan.scratch_bytes = aligned(wgrad_scratch(p, plan).end * sum_bytes(p));
 }
 
+void plan_stem(const Conv2dProblem& p, Conv2dPlan& plan) {
+  plan.kernel = pick(plan.direction, "conv2d_stem_fprop", "conv2d_stem_dgrad", "conv2d_stem_wgrad");
+  plan.tile_n = 1024;  // pixels a task
+  plan.workspace_bytes = stem_filter_elements(p) * sum_bytes(p);
+  plan.scratch_bytes = aligned(stem_fprop_scratch(p, plan).end * sum_bytes(p));
+}
+
 void plan_im2col(const Conv2dProblem& p, Conv2dPlan& plan) {
+  if (is_stem(p) && plan.direction == Direction::fprop) return plan_stem(p, plan);
   plan.kernel = pick(plan.direction, "conv2d_im2col_fprop", "conv2d_im2col_dgrad", "conv2d_im2col_wgrad");
   if (plan.direction == Direction::wgrad)
     plan_wgrad(p, plan);

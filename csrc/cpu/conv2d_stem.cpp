@@ -1,0 +1,23 @@
+// Convolutions of images with few channels, a network's first: im2col's sums, from windows that are read in place.
+#include "conv2d_stem_fprop.h"
+
+namespace fastconv::cpu {
+namespace {
+
+void fprop(const Conv2dProblem& problem, const Conv2dPlan& plan, const void* x, const void* w, const void* bias,
+           void* y, void* workspace, void* scratch, const Parallel& parallel) {
+  dispatch(problem.dtype, [&](auto element) {
+    using T = decltype(element);
+    stem_fprop(problem, plan, (const T*)x, (const T*)w, (const T*)bias, (T*)y, (acc_t<T>*)workspace, (char*)scratch,
+               parallel);
+  });
+}
+
+}  // namespace
+
+namespace FASTCONV_ISA {
+extern const Conv2dKernels conv2d_stem;
+const Conv2dKernels conv2d_stem = {fprop, nullptr, nullptr};
+}  // namespace FASTCONV_ISA
+
+}  // namespace fastconv::cpu
