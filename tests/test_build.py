@@ -72,7 +72,7 @@ def test_this_machine_runs_its_best_instruction_set():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512_bf16"])
 def test_every_instruction_set_gives_right_results(isas, isa, dtype):
     if isa not in isas:
         pytest.skip(f"this machine has no {isa}")

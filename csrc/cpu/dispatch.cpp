@@ -31,6 +31,15 @@ FASTCONV_DECLARE_ISA(baseline);
 #if defined(__x86_64__)
 FASTCONV_DECLARE_ISA(avx2);
 FASTCONV_DECLARE_ISA(avx512);
+namespace avx512_bf16 {
+extern const Conv2dKernels conv2d_im2col;
+}
+static const Kernels avx512_bf16_kernels = [] {
+  Kernels kernels = avx512_kernels;
+  kernels.isa = "avx512_bf16";
+  kernels.im2col = &avx512_bf16::conv2d_im2col;
+  return kernels;
+}();
 #endif
 
 std::vector<const Kernels*> all_kernels() {
@@ -40,8 +49,10 @@ std::vector<const Kernels*> all_kernels() {
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {  // every such CPU has F16C too
     tables.push_back(&avx2_kernels);
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq"))
+        __builtin_cpu_supports("avx512dq")) {
       tables.push_back(&avx512_kernels);
+      if (__builtin_cpu_supports("avx512bf16")) tables.push_back(&avx512_bf16_kernels);
+    }
   }
 #endif
   return tables;

@@ -173,11 +173,15 @@ FASTCONV_INLINE vec_t<float> load(const float16_t* p) {
 FASTCONV_INLINE void store(float* p, vec_t<float> v) { memcpy(p, &v, sizeof v); }
 FASTCONV_INLINE void store(double* p, vec_t<double> v) { memcpy(p, &v, sizeof v); }
 FASTCONV_INLINE void store(bfloat16_t* p, vec_t<float> v) {
+#if defined(__AVX512BF16__)  // the same but for subnormal numbers, which become zeros
+  const __m256bh h = _mm512_cvtneps_pbh((__m512)v);
+#else
   const vuint32 bits = (vuint32)v;
   const vuint32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const vuint32 nan = (bits >> 16) | 0x40;
   const vuint32 is_nan = (vuint32)(v != v);
   const vuint16 h = __builtin_convertvector((rounded & ~is_nan) | (nan & is_nan), vuint16);
+#endif
   memcpy(p, &h, sizeof h);
 }
 FASTCONV_INLINE void store(float16_t* p, vec_t<float> v) {
@@ -221,6 +225,24 @@ FASTCONV_INLINE vec_t<float> load_first(const float* p, int64_t count) {
 FASTCONV_INLINE void store_first(float* p, vec_t<float> v, int64_t count) {
   _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1), (__m512)v);
 }
+FASTCONV_INLINE vec_t<float> load_first(const bfloat16_t* p, int64_t count) {
+  const __m256i h = _mm256_maskz_loadu_epi16(__mmask16((1u << count) - 1), p);
+  return (vec_t<float>)_mm512_slli_epi32(_mm512_maskz_cvtepu16_epi32(0xffff, h), 16);
+}
+FASTCONV_INLINE vec_t<float> load_first(const float16_t* p, int64_t count) {
+  return (vec_t<float>)_mm512_maskz_cvtph_ps(0xffff, _mm256_maskz_loadu_epi16(__mmask16((1u << count) - 1), p));
+}
+// 16-bit types: rounded as a whole register, of which the first elements are kept.
+template <typename T>
+FASTCONV_INLINE void store_first_16_bits(T* p, vec_t<float> v, int64_t count) {
+  __m256i h;
+  T whole[lanes<T>];
+  store(whole, v);
+  memcpy(&h, whole, sizeof h);
+  _mm256_mask_storeu_epi16(p, __mmask16((1u << count) - 1), h);
+}
+FASTCONV_INLINE void store_first(bfloat16_t* p, vec_t<float> v, int64_t count) { store_first_16_bits(p, v, count); }
+FASTCONV_INLINE void store_first(float16_t* p, vec_t<float> v, int64_t count) { store_first_16_bits(p, v, count); }
 #elif defined(__AVX2__)
 FASTCONV_INLINE vec_t<float> load_first(const float* p, int64_t count) {
   const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);

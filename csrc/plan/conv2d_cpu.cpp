@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <stdexcept>
 
+#include "../cpu/conv2d_bfloat16_blocks.h"
 #include "../cpu/conv2d_stem_blocks.h"
 #include "../cpu/conv2d_winograd_blocks.h"
 #include "../plan.h"
@@ -140,6 +141,11 @@ void plan_im2col(const Conv2dProblem& p, Conv2dPlan& plan) {
     plan_wgrad(p, plan);
   else
     plan_gather(p, plan);
+  if (!multiplies_bfloat16(p, plan.direction)) return;
+  const int64_t scratch =
+      plan.direction == Direction::wgrad ? bfloat16_wgrad_scratch(p, plan).end : bfloat16_gather_scratch(p, plan).end;
+  plan.scratch_bytes = std::max(plan.scratch_bytes, aligned(scratch));
+  plan.workspace_bytes = std::max(plan.workspace_bytes, bfloat16_memory(p, plan).end);
 }
 
 // A chunk of transformed tiles stays in L3, the products of a task in L2.

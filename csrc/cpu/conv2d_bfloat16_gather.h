@@ -1,0 +1,203 @@
+// fprop and dgrad of bfloat16 without conversion:
+//
+//   C[pixel][channel] = Σ_t patch[pixel][t] · weights[t][channel]     t = (tap, contracted channel)
+//
+// Patches and filters are made from NHWC. NCHW is transposed to that: the filters first, and what patches are made of,
+// but for a 1×1 convolution, whose patches are transposed as they are packed. C is transposed on its way out.
+#pragma once
+
+#include "conv2d_bfloat16_patches.h"
+
+namespace fastconv::cpu {
+namespace {
+
+// fprop, or one phase of dgrad. panels: [group][panel][t/2][pair_cols][2]
+struct Bfloat16Gather {
+  Bfloat16Patches patches;
+  bfloat16_t* panels;
+  int64_t depth, group_panels;
+
+  bfloat16_t* panel(int64_t group, int64_t index) const {
+    return panels + (group * group_panels + index) * even(depth) * pair_cols;
+  }
+};
+
+// y[0 … count) = C's row + bias, or ReLU of it
+FASTCONV_INLINE void write_channels(const float* c, int64_t count, const bfloat16_t* bias, bool with_relu,
+                                    bfloat16_t* out) {
+  for (int64_t m = 0; m < count; m += lanes<float>) {
+    const int64_t left = min_of<int64_t>(lanes<float>, count - m);
+    vec_t<float> v = load(c + m);
+    if (bias) v += load_first(bias + m, left);
+    if (with_relu) v = relu(v);
+    store_first(out + m, v, left);
+  }
+}
+
+template <typename GatherOf>
+void gather_bfloat16(const Conv2dProblem& pr, const Conv2dPlan& plan, const GatherOf& gather_of,
+                     const bfloat16_t* planes, int64_t out_height, int64_t out_width, const bfloat16_t* bias,
+                     bfloat16_t* out, char* scratch, const Parallel& parallel) {
+  const Phases phases = phases_of(pr, plan.direction);
+  const int64_t produced = produced_channels(pr, plan.direction), channels = contracted_channels(pr, plan.direction);
+  const int64_t tile_pixels = block_pixels(pr, plan);
+  const int64_t tile_channels = whole_panels(block_channels(pr, plan));
+  const int64_t largest = pr.N * phases.largest_rows.outputs * phases.largest_cols.outputs;
+  const int64_t m_blocks = ceil_div(produced, tile_channels), pixel_blocks = ceil_div(largest, tile_pixels);
+  const int64_t phase_tasks = pixel_blocks * pr.groups * m_blocks, out_plane = out_height * out_width;
+  const Bfloat16Scratch layout = bfloat16_gather_scratch(pr, plan);
+  for_each_task(parallel, phases.rows * phases.cols * phase_tasks, [&](int worker, int64_t task) {
+    const int64_t phase = task / phase_tasks, m0 = task % m_blocks * tile_channels;
+    const int64_t group = task / m_blocks % pr.groups;
+    const int64_t pixel0 = task % phase_tasks / m_blocks / pr.groups * tile_pixels;
+    const Bfloat16Gather g = gather_of(phase / phases.cols, phase % phases.cols);
+    const Bfloat16Patches& p = g.patches;
+    const int64_t pixels = p.pixels(), depth_step = even(balanced(g.depth, plan.tile_k));
+    if (pixel0 >= pixels) return;  // a phase smaller than the largest
+    const int64_t count = min_of(tile_pixels, pixels - pixel0);
+    const int64_t m_count = min_of(tile_channels, produced - m0), panels = ceil_div(m_count, pair_cols);
+    char* memory = scratch + worker * plan.scratch_bytes;
+    auto *packed = reinterpret_cast<bfloat16_t*>(memory), *rows = reinterpret_cast<bfloat16_t*>(memory + layout.rows);
+    float* c = reinterpret_cast<float*>(memory + layout.c);
+    const int64_t c_row = panels * pair_cols;
+    if (g.depth == 0) memset(c, 0, sizeof(float) * count * c_row);
+    const bool pointwise = is_pointwise(p.rows, p.cols);
+    for (int64_t t0 = 0; t0 < g.depth; t0 += depth_step) {
+      const int64_t t1 = min_of(g.depth, t0 + depth_step);
+      const bfloat16_t* a = packed;
+      int64_t a_row = layout.a_row;
+      if (pointwise && !planes && channels % 2 == 0) {
+        a_row = p.pitch;
+        a = p.source + pixel0 * a_row + group * channels + t0;
+      } else if (pointwise && planes) {
+        const int64_t plane = p.rows.source * p.cols.source;
+        for (int64_t at = 0; at < count;) {
+          const int64_t n = (pixel0 + at) / plane, pixel = (pixel0 + at) % plane;
+          const int64_t length = min_of(count - at, plane - pixel);
+          transpose_bfloat16(planes + (n * p.pitch + group * channels + t0) * plane + pixel, plane, t1 - t0, length,
+                             packed + at * a_row, a_row);
+          at += length;
+        }
+        if ((t1 - t0) % 2)
+          for (int64_t i = 0; i < count; ++i) packed[i * a_row + t1 - t0] = {0};
+      } else {
+        pack_patch_rows(p, group * channels, channels, 0, pixel0, count, t0, t1, packed, a_row);
+      }
+      multiply_pairs(count, panels, even(t1 - t0) / 2, a, a_row, 2, g.panel(group, m0 / pair_cols) + t0 * pair_cols,
+                     even(g.depth) * pair_cols, c, c_row, t0 > 0);
+    }
+    const int64_t channel = group * produced + m0;
+    const bfloat16_t* b = bias ? bias + channel : nullptr;
+    const Axis &h = p.rows, &w = p.cols;
+    const auto place = [&](int64_t pixel) {  // in a plane of out
+      return (h.out_first + pixel / w.outputs % h.outputs * h.out_step) * out_width + w.out_first +
+             pixel % w.outputs * w.out_step;
+    };
+    if (pr.layout == Layout::NHWC) {
+      for (int64_t pixel = pixel0; pixel < pixel0 + count; ++pixel, c += c_row) {
+        const int64_t n = pixel / w.outputs / h.outputs;
+        write_channels(c, m_count, b, pr.relu, out + (n * out_plane + place(pixel)) * pr.groups * produced + channel);
+      }
+      return;
+    }
+    // NCHW: rows of C become rows of bfloat16, at twice the pitch; then runs of pixels are transposed.
+    auto* values = reinterpret_cast<bfloat16_t*>(c);
+    for (int64_t i = 0; i < count; ++i) write_channels(c + i * c_row, m_count, b, pr.relu, values + i * 2 * c_row);
+    const bool dense = h.out_step == 1 && w.out_step == 1;
+    const int64_t image = h.outputs * w.outputs;
+    for (int64_t at = 0; at < count;) {
+      const int64_t n = (pixel0 + at) / image, length = min_of(count - at, image - (pixel0 + at) % image);
+      bfloat16_t* to = out + (n * pr.groups * produced + channel) * out_plane;
+      if (dense) {
+        transpose_bfloat16(values + at * 2 * c_row, 2 * c_row, length, m_count, to + place(pixel0 + at), out_plane);
+      } else {
+        for (int64_t m = 0; m < m_count; m += pair_cols) {
+          const int64_t width = min_of(pair_cols, m_count - m);
+          transpose_bfloat16(values + at * 2 * c_row + m, 2 * c_row, length, width, rows, tile_pixels);
+          for (int64_t i = 0; i < length; ++i)
+            for (int64_t k = 0, where = place(pixel0 + at + i); k < width; ++k)
+              to[(m + k) * out_plane + where] = rows[k * tile_pixels + i];
+        }
+      }
+      at += length;
+    }
+  });
+}
+
+// What fprop and dgrad read, in NHWC.
+struct Bfloat16Sources {
+  const bfloat16_t *filters, *source, *planes;
+};
+inline Bfloat16Sources sources(const Conv2dProblem& pr, const Conv2dPlan& plan, const bfloat16_t* source,
+                               int64_t channels, int64_t pixels, const bfloat16_t* w, char* workspace,
+                               const Parallel& parallel) {
+  if (pr.layout == Layout::NHWC) return {w, source, nullptr};
+  const Bfloat16Memory memory = bfloat16_memory(pr, plan);
+  Bfloat16Sources s{w, nullptr, source};
+  if (pr.R * pr.S > 1) {
+    auto* copy = reinterpret_cast<bfloat16_t*>(workspace + memory.filters);
+    to_nhwc(w, pr.K, pr.channels_per_group(), pr.R * pr.S, copy, parallel);
+    s.filters = copy;
+  }
+  if (!is_pointwise(pr, plan.direction)) {
+    auto* copy = reinterpret_cast<bfloat16_t*>(workspace + memory.source);
+    to_nhwc(source, pr.N, channels, pixels, copy, parallel);
+    s.source = copy;
+    s.planes = nullptr;
+  }
+  return s;
+}
+
+inline void fprop_bfloat16(const Conv2dProblem& pr, const Conv2dPlan& plan, const bfloat16_t* x, const bfloat16_t* w,
+                           const bfloat16_t* bias, bfloat16_t* y, char* workspace, char* scratch,
+                           const Parallel& parallel) {
+  const int64_t kg = pr.filters_per_group(), depth = pr.channels_per_group() * pr.R * pr.S;
+  const Bfloat16Sources s = sources(pr, plan, x, pr.C, pr.H * pr.W, w, workspace, parallel);
+  auto* panels = reinterpret_cast<bfloat16_t*>(workspace + bfloat16_memory(pr, plan).panels);
+  const Bfloat16Gather gather{
+      {fprop_rows(pr), fprop_cols(pr), pr.N, pr.C, s.source}, panels, depth, ceil_div(kg, pair_cols)};
+  for_each_task(parallel, pr.groups * gather.group_panels, [&](int, int64_t task) {
+    const int64_t group = task / gather.group_panels, panel = task % gather.group_panels, k0 = panel * pair_cols;
+    pack_transposed_panel(s.filters + (group * kg + k0) * depth, depth, min_of(pair_cols, kg - k0), depth,
+                          gather.panel(group, panel));
+  });
+  gather_bfloat16(pr, plan, [&](int64_t, int64_t) { return gather; }, s.planes, pr.P, pr.Q, bias, y, scratch, parallel);
+}
+
+inline void dgrad_bfloat16(const Conv2dProblem& pr, const Conv2dPlan& plan, const bfloat16_t* dy, const bfloat16_t* w,
+                           bfloat16_t* dx, char* workspace, char* scratch, const Parallel& parallel) {
+  const int64_t cg = pr.channels_per_group(), kg = pr.filters_per_group(), panels = ceil_div(cg, pair_cols);
+  const Phases phases = phases_of(pr, Direction::dgrad);
+  const Bfloat16Sources s = sources(pr, plan, dy, pr.K, pr.P * pr.Q, w, workspace, parallel);
+  auto* all_panels = reinterpret_cast<bfloat16_t*>(workspace + bfloat16_memory(pr, plan).panels);
+  // Each phase has its panels behind those of the phases before it, whose taps are those of the filter in turn.
+  const auto gather_of = [&](int64_t a, int64_t b) {
+    const Axis rows = dgrad_rows(pr, a), cols = dgrad_cols(pr, b);
+    int64_t rows_before = 0, cols_before = 0;
+    for (int64_t i = 0; i < a; ++i) rows_before += dgrad_rows(pr, i).taps;
+    for (int64_t j = 0; j < b; ++j) cols_before += dgrad_cols(pr, j).taps;
+    const int64_t taps_before = rows_before * pr.S + rows.taps * cols_before;
+    return Bfloat16Gather{{rows, cols, pr.N, pr.K, s.source},
+                          all_panels + taps_before * pr.groups * panels * (kg + 1) * pair_cols,
+                          rows.taps * cols.taps * kg,
+                          panels};
+  };
+  for_each_task(parallel, phases.rows * phases.cols * pr.groups * panels, [&](int, int64_t task) {
+    const int64_t phase = task / panels / pr.groups, group = task / panels % pr.groups, panel = task % panels;
+    const Bfloat16Gather g = gather_of(phase / phases.cols, phase % phases.cols);
+    const Axis &rows = g.patches.rows, &cols = g.patches.cols;
+    const __mmask32 mask = first_lanes(cg - panel * pair_cols);
+    const auto row = [&](int64_t t) {
+      const int64_t k = t % kg, r = rows.filter_first + t / kg / cols.taps * rows.filter_step;
+      const int64_t col = cols.filter_first + t / kg % cols.taps * cols.filter_step;
+      return load_pairs(s.filters + (((group * kg + k) * pr.R + r) * pr.S + col) * cg + panel * pair_cols, mask);
+    };
+    bfloat16_t* to = g.panel(group, panel);
+    for (int64_t t = 0; t < g.depth; t += 2, to += 2 * pair_cols)
+      pack_row_pair(row(t), t + 1 < g.depth ? row(t + 1) : __m512i{}, to);
+  });
+  gather_bfloat16(pr, plan, gather_of, s.planes, pr.H, pr.W, nullptr, dx, scratch, parallel);
+}
+
+}  // namespace
+}  // namespace fastconv::cpu
