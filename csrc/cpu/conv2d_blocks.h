@@ -31,6 +31,18 @@ inline PixelBlock pixel_block(int64_t N, int64_t rows, int64_t cols, int64_t tar
   return {balanced(N, target / (rows * cols < 1 ? 1 : rows * cols)), rows, cols};
 }
 
+// The same for fprop and dgrad along pixels, with as many rows of an image as leave the fewest vectors partly idle.
+inline PixelBlock gather_block(int64_t N, int64_t rows, int64_t cols, int64_t target) {
+  if (rows * cols < 1) return {1, 1, 1};
+  PixelBlock block = pixel_block(N, rows, cols, target);
+  if (cols >= target || rows * cols < target) return block;
+  const auto vectors = [&](int64_t i) { return rows / i * pieces_of(i * cols, 16) + pieces_of(rows % i * cols, 16); };
+  block.i = target / cols;
+  for (int64_t i = block.i - 1; 2 * i > target / cols; --i)
+    if (vectors(i) < vectors(block.i)) block.i = i;
+  return block;
+}
+
 // A piece of the contraction: channels × taps.
 struct DepthBlock {
   int64_t channels, taps;
@@ -56,6 +68,14 @@ inline Phases phases_of(const Conv2dProblem& p, Direction direction) {
           largest_phase(dgrad_rows(p, 0), p.R), largest_phase(dgrad_cols(p, 0), p.S)};
 }
 
+// The taps of the phases before (a, b). Those of all phases are the filter's.
+inline int64_t taps_before(const Conv2dProblem& p, int64_t a, int64_t b) {
+  int64_t rows = 0, cols = 0;
+  for (int64_t i = 0; i < a; ++i) rows += dgrad_rows(p, i).taps;
+  for (int64_t j = 0; j < b; ++j) cols += dgrad_cols(p, j).taps;
+  return rows * p.S + dgrad_rows(p, a).taps * cols;
+}
+
 // One staged plane of a block.
 inline int64_t stage_elements(const Axis& rows, const Axis& cols, const PixelBlock& block) {
   return make_strips(rows, block.i).elements() * make_strips(cols, block.j).elements();
@@ -78,13 +98,38 @@ inline bool along_pixels(const Conv2dProblem& p, Direction direction) {
   return piece < 8 || produced_channels(p, direction) <= (direction == Direction::wgrad ? 16 : 24);
 }
 
-// Whether the product reads the staged planes directly, row by row, instead of packing patches: no copies, but the last
-// panel of every row is partly idle. Packing costs about as much as five rows of C.
-inline bool reads_stage(int64_t taps, int64_t produced, int64_t row) {
-  return taps > 1 && produced * (pieces_of(row, 16) * 16 - row) <= 5 * row;
+// fprop and dgrad along pixels multiply vectors of neighbouring pixels, none of which crosses the end of a line:
+//   rows    a line is a row of the output; the taps of a row read one staged copy of it, each from another element on
+//   images  rows are joined: each column of the filter has a staged copy of its own, without what the others read
+//   block   images are joined as well: patches are copied from those once more, unless the filter has one tap only
+enum class Lines { rows, images, block };
+
+// The cheapest in vectors of 16, of which copying one costs as much as a few multiply-adds.
+inline Lines choose_lines(const Axis& rows, const Axis& cols, const PixelBlock& block, int64_t produced) {
+  constexpr int64_t vector = 16, copy_cost = 4;
+  const int64_t taps = rows.taps * cols.taps, staged_rows = block.n * make_strips(rows, block.i).elements();
+  const int64_t row = pieces_of(block.j, vector), image = pieces_of(block.i * block.j, vector);
+  const int64_t by_rows = taps * produced * block.n * block.i * row +
+                          copy_cost * staged_rows * pieces_of(make_strips(cols, block.j).elements(), vector);
+  const int64_t shifted = copy_cost * staged_rows * cols.taps * row;
+  const int64_t by_images = taps * produced * block.n * image + shifted;
+  const int64_t by_block = taps * produced * pieces_of(block.pixels(), vector) + shifted +
+                           (taps > 1 && block.n > 1 ? copy_cost * taps * block.n * image : 0);
+  if (by_rows <= by_images && by_rows <= by_block) return Lines::rows;
+  return by_images <= by_block ? Lines::images : Lines::block;
+}
+inline int64_t stage_elements(const Axis& rows, const Axis& cols, const PixelBlock& block, Lines lines) {
+  if (lines == Lines::rows) return stage_elements(rows, cols, block);
+  return make_strips(rows, block.i).elements() * cols.taps * block.j;
 }
 
-// One thread's scratch, as offsets in elements; the taps' offsets (int64) come first.
+// Whether rows of w are those of A: (c, r, s) of a filter.
+inline bool filters_in_place(const Conv2dProblem& p, Direction direction) {
+  return direction == Direction::fprop && (p.layout == Layout::NCHW || p.R * p.S == 1) &&
+         (p.dtype == DType::float32 || p.dtype == DType::float64);
+}
+
+// One thread's scratch, as offsets in elements; offsets (int64) of the rows of B come first.
 struct Scratch {
   int64_t stage, a, b, c, end;
 };
@@ -95,16 +140,19 @@ inline Scratch gather_scratch(const Conv2dProblem& p, const Conv2dPlan& plan) {
   const Phases phases = phases_of(p, plan.direction);
   const Axis &rows = phases.largest_rows, &cols = phases.largest_cols;
   Scratch s{};
-  s.stage = 2 * rows.taps * cols.taps + slack;  // an int64 takes two floats
   if (along_pixels(p, plan.direction)) {
-    const PixelBlock block = pixel_block(p.N, rows.outputs, cols.outputs, plan.tile_n);
+    const PixelBlock block = gather_block(p.N, rows.outputs, cols.outputs, plan.tile_n);
     const DepthBlock depth = depth_block(contracted_channels(p, plan.direction), rows.taps * cols.taps, plan.tile_k);
-    const int64_t c_row = block.n * block.i * whole_panels(block.j);
-    s.a = s.stage + block.n * depth.channels * stage_elements(rows, cols, block) + slack;
-    s.b = s.a + (plan.tile_m + slack) * (depth.depth() + slack);
-    s.c = s.b + whole_panels(block.pixels()) * depth.depth() + slack;
+    const Lines lines = choose_lines(rows, cols, block, produced_channels(p, plan.direction));
+    const bool packed = lines == Lines::block && block.n > 1 && rows.taps * cols.taps > 1;
+    const int64_t line_count = lines == Lines::rows ? block.n * block.i : lines == Lines::images ? block.n : 1;
+    const int64_t c_row = line_count * whole_panels(pieces_of(block.pixels(), line_count));
+    s.stage = 2 * depth.depth() + slack;  // an int64 takes two floats
+    s.b = s.stage + block.n * depth.channels * stage_elements(rows, cols, block, lines) + slack;
+    s.c = s.b + (packed ? whole_panels(block.pixels()) * depth.depth() : 0) + slack;
     s.end = s.c + plan.tile_m * c_row + slack;
   } else {
+    s.stage = slack;
     s.a = s.stage;
     s.b = s.a + plan.tile_m * (plan.tile_k + slack) + slack;
     s.c = s.b;

@@ -203,15 +203,11 @@ void dgrad_channels(const Conv2dProblem& pr, const Conv2dPlan& plan, const T* dy
   const int64_t cg = pr.channels_per_group(), kg = pr.filters_per_group();
   const int64_t panels = ceil_div(cg, panel_cols<E>);
   const Phases phases = phases_of(pr, Direction::dgrad);
-  // Each phase has its weights behind those of the phases before it: the taps of all phases are those of the filter.
+  // Each phase has its weights behind those of the phases before it.
   const auto gather_of = [&](int64_t a, int64_t b) {
     const Axis rows = dgrad_rows(pr, a), cols = dgrad_cols(pr, b);
-    int64_t rows_before = 0, cols_before = 0;
-    for (int64_t i = 0; i < a; ++i) rows_before += dgrad_rows(pr, i).taps;
-    for (int64_t j = 0; j < b; ++j) cols_before += dgrad_cols(pr, j).taps;
-    const int64_t taps_before = rows_before * pr.S + rows.taps * cols_before;
     return ChannelGather<T>{{rows, cols, pr.N, pr.groups, kg, dy},
-                            (E*)workspace + taps_before * pr.groups * panels * kg * panel_cols<E>};
+                            (E*)workspace + taps_before(pr, a, b) * pr.groups * panels * kg * panel_cols<E>};
   };
   // weights[group][panel][tap][k][lane] of every phase
   for_each_task(parallel, phases.rows * phases.cols * pr.groups * panels, [&](int, int64_t task) {

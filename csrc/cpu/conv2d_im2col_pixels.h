@@ -3,14 +3,13 @@
 //   C[channel][pixel] = Σ_t weights[channel][t] · patch[t][pixel]     t = (contracted channel, tap)
 //
 // A task computes a block of pixels × channels. For each block of depth it stages the planes that the pixels read, with
-// their padding; packs patches from them, panel by panel; and multiplies. Two short cuts: the patches of a 1×1
-// convolution are read from the source itself, and where rows fill panels (reads_stage) the multiplication reads the
-// stage directly, so that nothing is packed at all.
+// their padding, and multiplies: a row of patches is a piece of a staged plane, so that nothing else is copied, save
+// for small images (Lines in conv2d_blocks.h).
 #pragma once
 
 #include "conv2d_blocks.h"
+#include "conv2d_im2col_window.h"
 #include "conv2d_stage.h"
-#include "gemm.h"
 #include "transpose.h"
 
 namespace fastconv::cpu {
@@ -54,136 +53,79 @@ struct Gather {
   int64_t N, groups;
   int64_t channels, produced;  // a group's: contracted, and written
   Images<const T> source;
-  Filters<T> filters;
+  int64_t filters;  // where they begin: [group][produced][channels][taps]
   const T* bias;
   Images<T> out;
 
   int64_t taps() const { return rows.taps * cols.taps; }
-  // Each output pixel is made of the source's pixel at the same place.
-  bool pointwise() const {
-    return taps() == 1 && rows.step == 1 && cols.step == 1 && rows.first == 0 && cols.first == 0 &&
-           rows.source == rows.outputs && cols.source == cols.outputs;
-  }
 };
 
-// What the multiplication reads as A: element (m, t) at data[m·row + t·col].
-template <typename E>
-struct PackedFilters {
-  const E* data;
-  int64_t row, col;
-};
-
-// t = (channel, tap) over ch_count channels and tap_count taps from (ch0, tap0) on, of filters m0 … m0 + m_count − 1.
+// out[m][ch][tap] of the taps of `rows` and `cols`, of filters m0 … m0 + m_count − 1
 template <typename T>
-PackedFilters<acc_t<T>> pack_filters(const Gather<T>& g, int64_t group, int64_t m0, int64_t m_count, int64_t ch0,
-                                     int64_t ch_count, int64_t tap0, int64_t tap_count, acc_t<T>* out) {
-  const Filters<T>& f = g.filters;
-  const T* from = f.data + group * f.group + m0 * f.m + ch0 * f.channel;
-  const auto tap_offset = [&](int64_t tap) {
-    return (g.rows.filter_first + tap / g.cols.taps * g.rows.filter_step) * f.r +
-           (g.cols.filter_first + tap % g.cols.taps * g.cols.filter_step) * f.s;
-  };
-  if (f.m == 1) {
-    const int64_t col = m_count + lanes<T>;
-    acc_t<T>* to = out;
-    for (int64_t ch = 0; ch < ch_count; ++ch)
-      for (int64_t tap = tap0; tap < tap0 + tap_count; ++tap, to += col)
-        copy_strided(from + ch * f.channel + tap_offset(tap), 1, to, m_count);
-    return {out, 1, col};
-  }
-  const int64_t depth = ch_count * tap_count, row = depth + lanes<T>;
-  const bool whole = f.s == 1 && f.r == g.cols.taps && g.rows.filter_step == 1 && g.cols.filter_step == 1;
-  if constexpr (std::is_same_v<T, acc_t<T>>) {
-    if (whole && f.channel == g.taps()) return {from + tap0, f.m, 1};  // fprop in NCHW: rows of (c, r, s) as they are
-  }
-  for (int64_t m = 0; m < m_count; ++m) {
-    acc_t<T>* to = out + m * row;
-    const T* filter = from + m * f.m;
-    if (whole) {
-      for (int64_t ch = 0; ch < ch_count; ++ch, to += tap_count)
-        copy_strided<true>(filter + ch * f.channel + tap0, 1, to, tap_count);
-    } else {
-      for (int64_t tap = 0; tap < tap_count; ++tap) {
-        const int64_t offset = tap_offset(tap0 + tap);
-        for (int64_t ch = 0; ch < ch_count; ++ch) to[ch * tap_count + tap] = to_acc(filter[ch * f.channel + offset]);
+void pack_filters(const Filters<T>& f, const Axis& rows, const Axis& cols, int64_t group, int64_t m0, int64_t m_count,
+                  int64_t channels, acc_t<T>* out) {
+  const int64_t taps = rows.taps * cols.taps;
+  const bool whole = f.s == 1 && f.r == cols.taps && rows.filter_step == 1 && cols.filter_step == 1;
+  const T* first = f.data + group * f.group + rows.filter_first * f.r + cols.filter_first * f.s;
+  constexpr int64_t block = 8;  // channels, whose cache lines stay in L1 while the filters pass
+  for (int64_t ch0 = 0; ch0 < channels; ch0 += block)
+    for (int64_t m = 0; m < m_count; ++m)
+      for (int64_t ch = ch0; ch < min_of(channels, ch0 + block); ++ch) {
+        const T* from = first + (m0 + m) * f.m + ch * f.channel;
+        acc_t<T>* to = out + (m * channels + ch) * taps;
+        if (whole) {
+          copy_strided(from, 1, to, taps);
+          continue;
+        }
+        for (int64_t r = 0; r < rows.taps; ++r)
+          for (int64_t s = 0; s < cols.taps; ++s)
+            *to++ = to_acc(from[r * rows.filter_step * f.r + s * cols.filter_step * f.s]);
       }
+}
+
+// Asks for the rows of a plane that a block reads.
+template <typename T>
+void prefetch_rows(const T* plane, const Axis& rows, const Strips& strips, int64_t i0, int64_t width) {
+  for (int64_t strip = 0; strip < strips.count; ++strip)
+    for (int64_t i = 0; i < strips.length; ++i) {
+      const int64_t row = strips.origin(rows, strip, i0) + i * rows.step;
+      if (row < 0 || row >= rows.source) continue;
+      for (int64_t at = 0; at < width; at += 64 / int64_t(sizeof(T))) __builtin_prefetch(plane + row * width + at);
     }
-  }
-  return {out, row, 1};
 }
 
-// A run of pixels of a panel that are contiguous in the source of the patches.
-struct Run {
-  int64_t lane, length, offset;
-};
-
-// Splits `count` pixels from `pixel` on of a block [n][rows][cols] into runs.
-FASTCONV_INLINE int find_runs(int64_t pixel, int64_t count, int64_t rows, int64_t cols, int64_t image_pitch,
-                              int64_t row_pitch, Run* runs) {
-  int found = 0;
-  int64_t j = pixel % cols, i = pixel / cols % rows, n = pixel / cols / rows;
-  for (int64_t lane = 0; lane < count;) {
-    const int64_t length = min_of(count - lane, cols - j);
-    runs[found++] = {lane, length, n * image_pitch + i * row_pitch + j};
-    lane += length;
-    j = 0;
-    if (++i == rows) i = 0, ++n;
-  }
-  return found;
-}
-
-// Planes from which windows are read: staged ones, or those of the source itself.
-template <typename E>
-struct Planes {
-  const E* data;
-  int64_t image, plane, row;  // pitches
-  const E* limit;             // nothing may be read from here on
-};
-
-// out[t][lane] = the value of tap t at the lane's pixel. Vectors spill past a run and past the row of a panel; what is
-// written next overwrites that.
-template <typename E>
-void pack_panel(const Planes<E>& planes, int64_t channels, const int64_t* offsets, int64_t taps, const Run* runs,
-                int run_count, E* out) {
-  const bool whole = runs[0].length == panel_cols<E>;
-  for (int64_t c = 0; c < channels; ++c) {
-    for (int64_t tap = 0; tap < taps; ++tap, out += panel_cols<E>) {
-      const E* from = planes.data + c * planes.plane + offsets[tap];
-      if (whole) {
-        const vec_t<E> left = load(from + runs[0].offset), right = load(from + runs[0].offset + lanes<E>);
-        store(out, left);
-        store(out + lanes<E>, right);
-        continue;
-      }
-      for (int r = 0; r < run_count; ++r) {
-        const E* run = from + runs[r].offset;
-        if (planes.limit - run < runs[r].length + lanes<E>) {
-          copy_strided(run, 1, out + runs[r].lane, runs[r].length);
+// Stages channels ch0 … ch0 + ch_count − 1 of n_count images: [channel][image][plane]. A plane holds its strips of rows
+// and columns, or, for each column of the filter, [column][row strips][j_count].
+template <typename T>
+void stage_block(const Images<const T>& source, int64_t n0, int64_t n_count, int64_t ch0, int64_t ch_count,
+                 const Axis& rows, const Strips& row_strips, int64_t i0, const Axis& cols, const Strips& col_strips,
+                 int64_t j0, int64_t pieces, acc_t<T>* stage) {
+  const int64_t piece = row_strips.elements() * col_strips.elements(), plane = pieces * piece;
+  const int64_t channels = source.col == 1 ? 1 : ch_count;  // at once
+  for (int64_t ch = 0; ch < ch_count; ch += channels)
+    for (int64_t n = 0; n < n_count; ++n)
+      for (int64_t s = 0; s < pieces; ++s) {
+        Axis shifted = cols;
+        shifted.first += s * cols.inc;
+        const T* from = source.at(n0 + n, ch0 + ch, 0, 0);
+        acc_t<T>* to = stage + (ch * n_count + n) * plane + s * piece;
+        if (source.col == 1) {
+          if (s == 0 && ch + 2 < ch_count && j0 == 0)
+            prefetch_rows(from + 2 * source.channel, rows, row_strips, i0, cols.source);
+          stage_plane(from, rows, row_strips, i0, shifted, col_strips, j0, to);
         } else {
-          for (int64_t i = 0; i < runs[r].length; i += lanes<E>) store(out + runs[r].lane + i, load(run + i));
+          stage_pixels(from, source.col, channels, rows, row_strips, i0, shifted, col_strips, j0, to, n_count * plane);
         }
       }
-    }
-  }
 }
 
-// Stages `count` channels from (n0, ch0) on, of n_count images.
-template <typename T>
-Planes<acc_t<T>> stage_block(const Images<const T>& source, int64_t n0, int64_t n_count, int64_t ch0, int64_t ch_count,
-                             const Axis& rows, const Strips& row_strips, int64_t i0, const Axis& cols,
-                             const Strips& col_strips, int64_t j0, acc_t<T>* stage) {
-  const int64_t plane = row_strips.elements() * col_strips.elements();
-  for (int64_t n = 0; n < n_count; ++n) {
-    acc_t<T>* to = stage + n * ch_count * plane;
-    if (source.col == 1) {
-      for (int64_t ch = 0; ch < ch_count; ++ch)
-        stage_plane(source.at(n0 + n, ch0 + ch, 0, 0), rows, row_strips, i0, cols, col_strips, j0, to + ch * plane);
-    } else {
-      stage_pixels(source.at(n0 + n, ch0, 0, 0), source.col, ch_count, rows, row_strips, i0, cols, col_strips, j0, to,
-                   plane);
-    }
-  }
-  return {stage, ch_count * plane, plane, col_strips.elements(), stage + n_count * ch_count * plane + slack};
+// out[t][n·line + pixel] = planes[n·plane + offsets[t] + pixel]: the images of a block, joined.
+template <typename E>
+void join_images(const E* planes, int64_t plane, int64_t n_count, int64_t line, const int64_t* offsets, int64_t depth,
+                 int64_t pitch, E* out) {
+  for (int64_t t = 0; t < depth; ++t, out += pitch)
+    for (int64_t n = 0; n < n_count; ++n)  // vectors spill into what is written next
+      for (int64_t i = 0; i < line; i += lanes<E>) store(out + n * line + i, load(planes + n * plane + offsets[t] + i));
 }
 
 // out[j·step] = values[j] + bias, or ReLU of it
@@ -204,18 +146,18 @@ FASTCONV_INLINE void write_row(const acc_t<T>* values, int64_t count, acc_t<T> b
 
 // fprop, or all phases of dgrad: gather_of(a, b) describes one. They are tasks of one parallel region.
 template <typename T, typename GatherOf>
-void gather_pixels(const Conv2dProblem& pr, const Conv2dPlan& plan, const GatherOf& gather_of, char* scratch,
-                   const Parallel& parallel) {
+void gather_pixels(const Conv2dProblem& pr, const Conv2dPlan& plan, const GatherOf& gather_of, const acc_t<T>* filters,
+                   char* scratch, const Parallel& parallel) {
   using E = acc_t<T>;
   const Phases phases = phases_of(pr, plan.direction);
-  const int64_t row_outputs = phases.largest_rows.outputs, col_outputs = phases.largest_cols.outputs;
+  const Axis &most_rows = phases.largest_rows, &most_cols = phases.largest_cols;
   const int64_t channels = contracted_channels(pr, plan.direction), produced = produced_channels(pr, plan.direction);
-  const PixelBlock block = pixel_block(pr.N, row_outputs, col_outputs, plan.tile_n);
-  const DepthBlock depth_most = depth_block(channels, phases.largest_rows.taps * phases.largest_cols.taps, plan.tile_k);
-  const int64_t depth_channels = depth_most.channels;
+  const PixelBlock block = gather_block(pr.N, most_rows.outputs, most_cols.outputs, plan.tile_n);
+  const DepthBlock depth_most = depth_block(channels, most_rows.taps * most_cols.taps, plan.tile_k);
+  const Lines lines = choose_lines(most_rows, most_cols, block, produced);
   const Scratch layout = gather_scratch(pr, plan);
   const int64_t n_blocks = ceil_div(pr.N, block.n), m_blocks = ceil_div(produced, plan.tile_m);
-  const int64_t i_blocks = ceil_div(row_outputs, block.i), j_blocks = ceil_div(col_outputs, block.j);
+  const int64_t i_blocks = ceil_div(most_rows.outputs, block.i), j_blocks = ceil_div(most_cols.outputs, block.j);
   const int64_t phase_tasks = n_blocks * i_blocks * j_blocks * pr.groups * m_blocks;
   for_each_task(parallel, phases.rows * phases.cols * phase_tasks, [&](int worker, int64_t task) {
     const int64_t phase = task / phase_tasks, pixel_task = task % phase_tasks / m_blocks / pr.groups;
@@ -226,71 +168,75 @@ void gather_pixels(const Conv2dProblem& pr, const Conv2dPlan& plan, const Gather
     const Axis &rows = g.rows, &cols = g.cols;
     if (i0 >= rows.outputs || j0 >= cols.outputs) return;  // a phase smaller than the largest
     const int64_t taps = g.taps(), depth_taps = min_of<int64_t>(max_of<int64_t>(taps, 1), depth_most.taps);
-    const bool in_place = std::is_same_v<T, E> && g.source.col == 1 && g.pointwise();
-    const bool windows = reads_stage(taps, produced, block.j);
     const int64_t m_count = min_of<int64_t>(plan.tile_m, g.produced - m0), n_count = min_of(block.n, g.N - n0);
-    int64_t i_count = min_of(block.i, rows.outputs - i0), j_count = min_of(block.j, cols.outputs - j0);
+    const int64_t i_count = min_of(block.i, rows.outputs - i0), j_count = min_of(block.j, cols.outputs - j0);
 
     char* memory = scratch + worker * plan.scratch_bytes;
     auto* offsets = reinterpret_cast<int64_t*>(memory);
-    E *stage = reinterpret_cast<E*>(memory) + layout.stage, *a_memory = reinterpret_cast<E*>(memory) + layout.a;
-    E *b = reinterpret_cast<E*>(memory) + layout.b, *c = reinterpret_cast<E*>(memory) + layout.c;
-    const Strips row_strips = make_strips(rows, i_count), col_strips = make_strips(cols, j_count);
-    for (int64_t tap = 0; tap < taps; ++tap)
-      offsets[tap] = row_strips.offset(tap / cols.taps) * col_strips.elements() + col_strips.offset(tap % cols.taps);
+    E *stage = reinterpret_cast<E*>(memory) + layout.stage, *b = reinterpret_cast<E*>(memory) + layout.b;
+    E* c = reinterpret_cast<E*>(memory) + layout.c;
+    const bool by_rows = lines == Lines::rows;
+    const Strips row_strips = make_strips(rows, i_count);
+    const Strips col_strips = by_rows ? make_strips(cols, j_count) : Strips{1, j_count, 0, 0};
+    const int64_t pieces = by_rows ? 1 : cols.taps, piece = row_strips.elements() * col_strips.elements();
+    const int64_t plane = pieces * piece;
+    const auto tap_offset = [&](int64_t tap) {
+      const int64_t s = tap % cols.taps;
+      return row_strips.offset(tap / cols.taps) * col_strips.elements() + (by_rows ? col_strips.offset(s) : s * piece);
+    };
 
-    // Rows that are neighbours in source and out are one row.
-    const bool dense = rows.out_step == 1 && cols.out_step == 1 && j_count == cols.outputs && g.pointwise();
-    if (dense) {
-      j_count *= i_count;
-      i_count = 1;
-    }
-    // Lines of C: pixels without gaps, or, where the stage is read directly, rows in panels of their own.
-    const int64_t lines = n_count * i_count;
-    const int64_t line = windows ? ceil_div(j_count, panel_cols<E>) * panel_cols<E> : j_count;
-    const int64_t pixels = lines * line, panels = ceil_div(pixels, panel_cols<E>), c_row = panels * panel_cols<E>;
+    const bool joined = lines == Lines::block, packed = joined && taps > 1 && n_count > 1;
+    const int64_t line_rows = by_rows ? 1 : i_count, image_lines = i_count / line_rows;
+    const int64_t line_count = joined ? 1 : n_count * image_lines, line = n_count * i_count * j_count / line_count;
+    const int64_t line_pitch = ceil_div(line, lanes<E>) * lanes<E>, c_row = line_count * line_pitch;
+    // The last product writes to the result: a line's pixels are neighbours there.
+    const bool direct = pr.layout == Layout::NCHW && taps * g.channels > 0 && cols.out_step == 1 &&
+                        (line_rows == 1 || (rows.out_step == 1 && j_count == cols.outputs)) &&
+                        (!joined || n_count == 1);
+    const auto out_at = [&](int64_t n, int64_t i, int64_t m) {
+      return g.out.at(n0 + n, group * g.produced + m0 + m, rows.out_first + (i0 + i) * rows.out_step,
+                      cols.out_first + j0 * cols.out_step);
+    };
+    const auto c_at = [&](int64_t n, int64_t i) {  // a row of pixels
+      if (by_rows) return c + (n * i_count + i) * line_pitch;
+      return c + (joined ? n * i_count * j_count : n * line_pitch) + i * j_count;
+    };
     if (taps * g.channels == 0) fill_zero<T>(c, m_count * c_row);
 
-    for (int64_t ch0 = 0; ch0 < g.channels && taps > 0; ch0 += depth_channels) {
-      const int64_t ch_count = min_of(depth_channels, g.channels - ch0);
-      Planes<E> planes;
-      if constexpr (std::is_same_v<T, E>) {
-        if (in_place)
-          planes = {g.source.at(n0, group * g.channels + ch0, i0, j0), g.source.n, g.source.channel, g.source.row,
-                    g.source.data + g.N * g.source.n};
-      }
-      if (!in_place)
-        planes = stage_block<T>(g.source, n0, n_count, group * g.channels + ch0, ch_count, rows, row_strips, i0, cols,
-                                col_strips, j0, stage);
+    for (int64_t ch0 = 0; ch0 < g.channels && taps > 0; ch0 += depth_most.channels) {
+      const int64_t ch_count = min_of(depth_most.channels, g.channels - ch0);
+      stage_block<T>(g.source, n0, n_count, group * g.channels + ch0, ch_count, rows, row_strips, i0, cols, col_strips,
+                     j0, pieces, stage);
       for (int64_t tap0 = 0; tap0 < taps; tap0 += depth_taps) {
         const int64_t tap_count = min_of(depth_taps, taps - tap0), depth = ch_count * tap_count;
-        const bool add = ch0 + tap0 > 0;
-        const PackedFilters<E> a = pack_filters(g, group, m0, m_count, ch0, ch_count, tap0, tap_count, a_memory);
-        if (windows) {
-          for (int64_t panel = 0; panel < panels; ++panel) {
-            const int64_t at = panel * panel_cols<E>, n = at / line / i_count, i = at / line % i_count;
-            const E* window = planes.data + n * planes.image + i * planes.row + at % line;
-            for_row_tiles(m_count, [&](int64_t m, auto height) {
-              multiply_window_tile<E, height.value>(ch_count, planes.plane, tap_count, offsets + tap0,
-                                                    a.data + m * a.row, a.row, a.col, window, c + m * c_row + at, c_row,
-                                                    add);
-            });
-          }
-        } else {
-          for (int64_t panel = 0; panel < panels; ++panel) {
-            Run runs[panel_cols<E>];
-            const int64_t pixel = panel * panel_cols<E>, count = min_of<int64_t>(panel_cols<E>, pixels - pixel);
-            const int run_count = find_runs(pixel, count, i_count, j_count, planes.image, planes.row, runs);
-            pack_panel(planes, ch_count, offsets + tap0, tap_count, runs, run_count, b + pixel * depth);
-          }
-          multiply_block(m_count, panels, depth, a.data, a.row, a.col, b, panel_cols<E> * depth, c, c_row, add);
+        for (int64_t tap = 0; tap < tap_count; ++tap)
+          for (int64_t ch = 0, at = tap_offset(tap0 + tap); ch < ch_count; ++ch, at += n_count * plane)
+            offsets[ch * tap_count + tap] = at;
+        if (packed) {
+          join_images(stage, plane, n_count, i_count * j_count, offsets, depth, line_pitch, b);
+          for (int64_t t = 0; t < depth; ++t) offsets[t] = t * line_pitch;
+        }
+        const bool last = ch0 + ch_count == g.channels && tap0 + tap_count == taps;
+        const E* a = filters + g.filters + ((group * g.produced + m0) * g.channels + ch0) * taps + tap0;
+        for (int64_t at = 0; at < line_count; ++at) {
+          const int64_t n = at / image_lines, i = at % image_lines;
+          const WindowOut<T> to{c + at * line_pitch,
+                                c_row,
+                                ch0 + tap0 > 0,
+                                direct && last ? out_at(n, i, 0) : nullptr,
+                                g.out.channel,
+                                line,
+                                g.bias ? g.bias + group * g.produced + m0 : nullptr,
+                                pr.relu};
+          multiply_windows<T>(m_count, line, depth, a, g.channels * taps,
+                              packed ? b : stage + n * plane + i * col_strips.elements(), offsets, to);
         }
       }
     }
+    if (direct) return;
 
     for (int64_t m = 0; m < m_count; ++m) {
-      const int64_t channel = group * g.produced + m0 + m;
-      const E bias = g.bias ? to_acc(g.bias[channel]) : 0;
+      const E bias = g.bias ? to_acc(g.bias[group * g.produced + m0 + m]) : 0;
       E* values = c + m * c_row;
       if (g.out.channel == 1) {
         if (g.bias || pr.relu)
@@ -300,40 +246,58 @@ void gather_pixels(const Conv2dProblem& pr, const Conv2dPlan& plan, const Gather
           }
         continue;
       }
-      for (int64_t at = 0; at < lines; ++at)
-        write_row(values + at * line, j_count, bias, pr.relu,
-                  g.out.at(n0 + at / i_count, channel, rows.out_first + (i0 + at % i_count) * rows.out_step,
-                           cols.out_first + j0 * cols.out_step),
-                  cols.out_step);
+      for (int64_t n = 0; n < n_count; ++n)
+        for (int64_t i = 0; i < i_count; ++i)
+          write_row(c_at(n, i) + m * c_row, j_count, bias, pr.relu, out_at(n, i, m), cols.out_step);
     }
     if (g.out.channel == 1)
-      for (int64_t at = 0; at < lines; ++at)
-        transpose(c + at * line, c_row, m_count, j_count,
-                  g.out.at(n0 + at / i_count, group * g.produced + m0,
-                           rows.out_first + (i0 + at % i_count) * rows.out_step, cols.out_first + j0 * cols.out_step),
-                  cols.out_step * g.out.col);
+      for (int64_t n = 0; n < n_count; ++n)
+        for (int64_t i = 0; i < i_count; ++i)
+          transpose(c_at(n, i), c_row, m_count, j_count, out_at(n, i, 0), cols.out_step * g.out.col);
+  });
+}
+
+// Packs the filters of every phase.
+template <typename T, typename GatherOf>
+void pack_all_filters(const Conv2dProblem& pr, Direction direction, const GatherOf& gather_of, const Filters<T>& from,
+                      acc_t<T>* out, const Parallel& parallel) {
+  constexpr int64_t block = 16;
+  const Phases phases = phases_of(pr, direction);
+  const int64_t produced = produced_channels(pr, direction), blocks = ceil_div(produced, block);
+  for_each_task(parallel, phases.rows * phases.cols * pr.groups * blocks, [&](int, int64_t task) {
+    const int64_t phase = task / blocks / pr.groups, group = task / blocks % pr.groups, m0 = task % blocks * block;
+    const Gather<T> g = gather_of(phase / phases.cols, phase % phases.cols);
+    pack_filters(from, g.rows, g.cols, group, m0, min_of(block, produced - m0), g.channels,
+                 out + g.filters + (group * produced + m0) * g.channels * g.taps());
   });
 }
 
 template <typename T>
-void fprop_pixels(const Conv2dProblem& pr, const Conv2dPlan& plan, const T* x, const T* w, const T* bias, T* y, void*,
-                  char* scratch, const Parallel& parallel) {
-  const Gather<T> gather{fprop_rows(pr),
-                         fprop_cols(pr),
-                         pr.N,
-                         pr.groups,
-                         pr.channels_per_group(),
-                         pr.filters_per_group(),
-                         images(x, pr.layout, pr.C, pr.H, pr.W),
-                         filters(w, pr, Direction::fprop),
-                         bias,
-                         images(y, pr.layout, pr.K, pr.P, pr.Q)};
-  gather_pixels<T>(pr, plan, [&](int64_t, int64_t) { return gather; }, scratch, parallel);
+void fprop_pixels(const Conv2dProblem& pr, const Conv2dPlan& plan, const T* x, const T* w, const T* bias, T* y,
+                  void* workspace, char* scratch, const Parallel& parallel) {
+  using E = acc_t<T>;
+  const auto gather_of = [&](int64_t, int64_t) {
+    return Gather<T>{fprop_rows(pr),
+                     fprop_cols(pr),
+                     pr.N,
+                     pr.groups,
+                     pr.channels_per_group(),
+                     pr.filters_per_group(),
+                     images(x, pr.layout, pr.C, pr.H, pr.W),
+                     0,
+                     bias,
+                     images(y, pr.layout, pr.K, pr.P, pr.Q)};
+  };
+  const bool in_place = filters_in_place(pr, Direction::fprop);
+  if (!in_place)
+    pack_all_filters(pr, Direction::fprop, gather_of, filters(w, pr, Direction::fprop), (E*)workspace, parallel);
+  gather_pixels<T>(pr, plan, gather_of, in_place ? (const E*)w : (const E*)workspace, scratch, parallel);
 }
 
 template <typename T>
-void dgrad_pixels(const Conv2dProblem& pr, const Conv2dPlan& plan, const T* dy, const T* w, T* dx, void*, char* scratch,
-                  const Parallel& parallel) {
+void dgrad_pixels(const Conv2dProblem& pr, const Conv2dPlan& plan, const T* dy, const T* w, T* dx, void* workspace,
+                  char* scratch, const Parallel& parallel) {
+  using E = acc_t<T>;
   const auto gather_of = [&](int64_t a, int64_t b) {
     return Gather<T>{dgrad_rows(pr, a),
                      dgrad_cols(pr, b),
@@ -342,11 +306,12 @@ void dgrad_pixels(const Conv2dProblem& pr, const Conv2dPlan& plan, const T* dy, 
                      pr.filters_per_group(),
                      pr.channels_per_group(),
                      images(dy, pr.layout, pr.K, pr.P, pr.Q),
-                     filters(w, pr, Direction::dgrad),
+                     taps_before(pr, a, b) * pr.C * pr.filters_per_group(),
                      nullptr,
                      images(dx, pr.layout, pr.C, pr.H, pr.W)};
   };
-  gather_pixels<T>(pr, plan, gather_of, scratch, parallel);
+  pack_all_filters(pr, Direction::dgrad, gather_of, filters(w, pr, Direction::dgrad), (E*)workspace, parallel);
+  gather_pixels<T>(pr, plan, gather_of, (const E*)workspace, scratch, parallel);
 }
 
 }  // namespace

@@ -90,18 +90,18 @@ void wgrad_pixels(const Conv2dProblem& pr, const Conv2dPlan& plan, const T* dy_d
       }
       if (!in_place) {
         const Strips row_strips = make_strips(rows, i_count), col_strips = make_strips(cols, j_count);
-        const Planes<E> planes =
-            stage_block<T>(x, n0, n_count, group * cg + c0, c_count, rows, row_strips, i0, cols, col_strips, j0, stage);
+        const int64_t plane = row_strips.elements() * col_strips.elements(), row = col_strips.elements();
+        stage_block<T>(x, n0, n_count, group * cg + c0, c_count, rows, row_strips, i0, cols, col_strips, j0, 1, stage);
         // A[t][pixel], written in order: vectors spill into what is written next, or past the end of a row.
         E* to = packed;
         for (int64_t ch = 0; ch < c_count; ++ch) {
           for (int64_t tap = tap0; tap < tap0 + tap_count; ++tap, to += a_row) {
-            const E* from = planes.data + ch * planes.plane + row_strips.offset(tap / pr.S) * planes.row +
-                            col_strips.offset(tap % pr.S);
+            const E* from =
+                stage + ch * n_count * plane + row_strips.offset(tap / pr.S) * row + col_strips.offset(tap % pr.S);
             for (int64_t n = 0; n < n_count; ++n)
               for (int64_t i = 0; i < i_count; ++i)
                 for (int64_t j = 0; j < j_count; j += lanes<E>)
-                  store(to + (n * i_count + i) * j_count + j, load(from + n * planes.image + i * planes.row + j));
+                  store(to + (n * i_count + i) * j_count + j, load(from + n * plane + i * row + j));
           }
         }
       }

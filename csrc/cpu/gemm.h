@@ -43,26 +43,6 @@ void multiply_tile(int64_t depth, const E* a, int64_t a_row, int64_t a_col, cons
   store_tile<E, Rows>(sums, c, c_row, add);
 }
 
-// The same with rows of B that lie anywhere: row (channel, tap) at b + channel·channel_pitch + offsets[tap].
-template <typename E, int Rows>
-void multiply_window_tile(int64_t channels, int64_t channel_pitch, int64_t taps, const int64_t* offsets, const E* a,
-                          int64_t a_row, int64_t a_col, const E* b, E* c, int64_t c_row, bool add) {
-  const E* rows[Rows];
-  for (int i = 0; i < Rows; ++i) rows[i] = a + i * a_row;
-  vec_t<E> sums[Rows][2] = {};
-  for (int64_t channel = 0, at = 0; channel < channels; ++channel, b += channel_pitch) {
-    for (int64_t tap = 0; tap < taps; ++tap, at += a_col) {
-      const vec_t<E> left = load(b + offsets[tap]), right = load(b + offsets[tap] + lanes<E>);
-      for (int i = 0; i < Rows; ++i) {
-        const vec_t<E> value = broadcast<E>(rows[i][at]);
-        sums[i][0] += value * left;
-        sums[i][1] += value * right;
-      }
-    }
-  }
-  store_tile<E, Rows>(sums, c, c_row, add);
-}
-
 // Calls tile(first row, integral_constant of its height) for tiles of nearly equal height.
 template <typename Tile>
 FASTCONV_INLINE void for_row_tiles(int64_t rows, const Tile& tile) {

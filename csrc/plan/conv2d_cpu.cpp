@@ -85,18 +85,24 @@ void plan_gather(const Conv2dProblem& p, Conv2dPlan& plan) {
   const int64_t rows = phases.largest_rows.outputs, cols = phases.largest_cols.outputs;
   const int64_t produced = produced_channels(p, plan.direction), contracted = contracted_channels(p, plan.direction);
   const int64_t taps = phases.largest_rows.taps * phases.largest_cols.taps;
+  const bool along = along_pixels(p, plan.direction);
   const auto tasks = [&](int64_t pixels, int64_t channels) {
-    return pieces_of(p.N * rows * cols, pixels) * pieces_of(produced, channels) * p.groups;
+    const PixelBlock block = gather_block(p.N, rows, cols, pixels);
+    const int64_t blocks = along ? pieces_of(p.N, block.n) * pieces_of(rows, block.i) * pieces_of(cols, block.j)
+                                 : pieces_of(p.N * rows * cols, pixels);
+    return blocks * pieces_of(produced, channels) * p.groups;
   };
   int64_t pixels = 224, channels = 128;
-  // Every task packs its pixels' patches anew for its channels, and the weights for its pixels: neither gets small.
+  // Every task stages its pixels' patches anew for its channels, and reads the weights for its pixels: neither gets
+  // small.
   if (tasks(pixels, channels) < enough_tasks) channels = 64;
   if (tasks(pixels, channels) < enough_tasks && rows * cols > 96) pixels = 112;
-  if (tasks(pixels, channels) < enough_tasks) channels = 32;
+  if (tasks(pixels, channels) < enough_tasks / 2) channels = 32;
   plan.tile_k = int(std::max<int64_t>(1, std::min<int64_t>(contracted * taps, 288)));
-  if (along_pixels(p, plan.direction)) {
+  if (along) {
     plan.tile_m = int(balanced(produced, channels));
     plan.tile_n = int(pixels);
+    if (!filters_in_place(p, plan.direction)) plan.workspace_bytes = aligned(p.w_elements() * sum_bytes(p));
   } else {
     plan.tile_m = int(balanced(p.N * rows * cols, pixels));
     plan.tile_n = int(std::min(channels, whole_panels(produced)));

@@ -1,0 +1,81 @@
+// C[M×N] = A[M×depth] · B[depth×N] where row t of B lies anywhere, at b + offsets[t]: the planes of a convolution are
+// multiplied where they are staged. Rows of C are channels; its columns are pixels, which the last product of a block
+// adds to the bias and writes to the result itself, where that has them side by side.
+#pragma once
+
+#include "gemm.h"
+
+namespace fastconv::cpu {
+namespace {
+
+// Where the rows of a tile go: to c, or, if out is not null, through the bias and the ReLU to out.
+template <typename T>
+struct WindowOut {
+  acc_t<T>* c;
+  int64_t c_row;
+  bool add;  // to what c holds
+  T* out;
+  int64_t out_row, cols;  // of out: elements between rows, and in one
+  const T* bias;          // of the rows, or null
+  bool relu;
+};
+
+template <typename T, int Rows, int Vectors>
+FASTCONV_INLINE void store_window_tile(vec_t<T> (&sums)[Rows][Vectors], const WindowOut<T>& to, int64_t row,
+                                       int64_t col) {
+  for (int i = 0; i < Rows; ++i) {
+    acc_t<T>* c = to.c + (row + i) * to.c_row + col;
+    const vec_t<T> bias = broadcast<T>(to.out && to.bias ? to_acc(to.bias[row + i]) : 0);
+    for (int v = 0; v < Vectors; ++v) {
+      const vec_t<T> sum = to.add ? load(c + v * lanes<T>) + sums[i][v] : sums[i][v];
+      if (!to.out) {
+        store(c + v * lanes<T>, sum);
+        continue;
+      }
+      const int64_t left = to.cols - col - v * lanes<T>;
+      T* out = to.out + (row + i) * to.out_row + col + v * lanes<T>;
+      const vec_t<T> y = to.relu ? relu(sum + bias) : sum + bias;
+      if (left >= lanes<T>)
+        store(out, y);
+      else
+        store_first(out, y, left);
+    }
+  }
+}
+
+template <typename T, int Rows, int Vectors>
+void multiply_window_tile(int64_t depth, const acc_t<T>* a, int64_t a_row, const acc_t<T>* b, const int64_t* offsets,
+                          const WindowOut<T>& to, int64_t row, int64_t col) {
+  using E = acc_t<T>;
+  const E* rows[Rows];
+  for (int i = 0; i < Rows; ++i) rows[i] = a + (row + i) * a_row;
+  if (to.out)  // so that the stores find their lines
+    for (int i = 0; i < Rows; ++i)
+      for (int v = 0; v < Vectors; ++v) __builtin_prefetch(to.out + (row + i) * to.out_row + col + v * lanes<T>, 1);
+  vec_t<E> sums[Rows][Vectors] = {};
+  for (int64_t t = 0; t < depth; ++t) {
+    vec_t<E> values[Vectors];
+    for (int v = 0; v < Vectors; ++v) values[v] = load(b + offsets[t] + v * lanes<E>);
+    for (int i = 0; i < Rows; ++i) {
+      const vec_t<E> value = broadcast<E>(rows[i][t]);
+      for (int v = 0; v < Vectors; ++v) sums[i][v] += value * values[v];
+    }
+  }
+  store_window_tile<T>(sums, to, row, col);
+}
+
+// A line of `cols` columns: panel by panel, of which the last may be a single vector.
+template <typename T>
+void multiply_windows(int64_t rows, int64_t cols, int64_t depth, const acc_t<T>* a, int64_t a_row, const acc_t<T>* b,
+                      const int64_t* offsets, const WindowOut<T>& to) {
+  for (int64_t col = 0; col < cols; col += panel_cols<acc_t<T>>)
+    for_row_tiles(rows, [&](int64_t row, auto height) {
+      if (cols - col > lanes<T>)
+        multiply_window_tile<T, height.value, 2>(depth, a, a_row, b + col, offsets, to, row, col);
+      else
+        multiply_window_tile<T, height.value, 1>(depth, a, a_row, b + col, offsets, to, row, col);
+    });
+}
+
+}  // namespace
+}  // namespace fastconv::cpu
