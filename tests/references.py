@@ -114,7 +114,7 @@ def conv2d_reference(x, w, bias, dy, stride, padding, dilation, groups):
     ]
 
 
-POINTS = (Fraction(0), Fraction(3, 4), Fraction(-3, 4), Fraction(3, 2), Fraction(-3, 2))  # and infinity
+POINTS = (Fraction(0), Fraction(11, 16), Fraction(-11, 16), Fraction(23, 16), Fraction(-23, 16))  # and infinity
 
 
 def toom_cook(outputs, taps):
@@ -146,10 +146,12 @@ def toom_cook(outputs, taps):
 
 
 def winograd_magnitudes(x, w, dy, padding, groups):
-    """The sums of conv2d_reference's magnitudes as F(4×4, 3×3) forms them: every matrix in absolute values, so that
-    nothing cancels, neither in the products nor in the transforms. What rounding does to a value anywhere on the way is
-    in proportion to them (Barabasz and others, 2020). x, w, dy: absolute values in float64. Returns those of y, dx, dw.
+    """The sums of conv2d_reference's magnitudes as Winograd's tiles of 6×6 form them: every matrix in absolute values,
+    so that nothing cancels, neither in the products nor in the transforms. What rounding does to a value anywhere on
+    the way is in proportion to them (Barabasz and others, 2020). x, w, dy: absolute values in float64. Returns those of
+    y, dx and dw, the last for pieces of 3×3 taps.
     """
+    taps = w.shape[2]
 
     def absolute(matrix):
         return torch.tensor(matrix, dtype=torch.float64).abs()
@@ -157,30 +159,31 @@ def winograd_magnitudes(x, w, dy, padding, groups):
     def matrices(outputs, taps):
         return [absolute([[float(v) for v in row] for row in m]) for m in toom_cook(outputs, taps)]
 
-    def tiles(t, top, left, outputs, size):
+    def tiles(t, top, left, outputs, size, step):
         """[N][groups][C/groups][tile][tile][size][size]"""
-        rows, cols = (-(-n // 4) * 4 + size - 4 for n in outputs)
+        rows, cols = (-(-n // step) * step + size - step for n in outputs)
         t = F.pad(t, (left, cols - left - t.shape[3], top, rows - top - t.shape[2]))
-        return t.unflatten(1, (groups, -1)).unfold(3, size, 4).unfold(4, size, 4)
+        return t.unflatten(1, (groups, -1)).unfold(3, size, step).unfold(4, size, step)
 
     def both(matrix, t):
         return torch.einsum("ia,...ab,jb->...ij", matrix, t, matrix)
 
-    def gather(t, w, padding, outputs):  # w: [groups][produced][contracted][3][3]
-        a, g, b = matrices(4, 3)
-        products = torch.einsum("ngchwij,gkcij->ngkhwij", both(b, tiles(t, *padding, outputs, 6)), both(g, w))
-        return both(a, products)
+    def gather(t, w, padding, outputs):  # w: [groups][produced][contracted][taps][taps]
+        a, g, b = matrices(7 - taps, taps)
+        t = both(b, tiles(t, *padding, outputs, 6, 7 - taps))
+        return both(a, torch.einsum("ngchwij,gkcij->ngkhwij", t, both(g, w)))
 
     w = w.unflatten(0, (groups, -1))
     y = gather(x, w, padding, dy.shape[2:])
-    dx = gather(dy, w.flip(3, 4).transpose(1, 2), [2 - p for p in padding], x.shape[2:])
+    dx = gather(dy, w.flip(3, 4).transpose(1, 2), [taps - 1 - p for p in padding], x.shape[2:])
     a, g, b = matrices(3, 4)
-    sums = torch.einsum(
-        "ngchwij,ngkhwij->gkcij",
-        both(b, tiles(x, *padding, dy.shape[2:], 6)),
-        both(g, tiles(dy, 0, 0, dy.shape[2:], 4)),
-    )
-    return y, dx, both(a, sums)
+    d = both(g, tiles(dy, 0, 0, dy.shape[2:], 4, 4))
+    sums = [
+        torch.einsum("ngchwij,ngkhwij->gkcij", both(b, tiles(x, padding[0] - r, padding[1] - s, dy.shape[2:], 6, 4)), d)
+        for r in range(0, taps, 3)
+        for s in range(0, taps, 3)
+    ]
+    return y, dx, both(a, torch.stack(sums))
 
 
 # Roundings of a value in Winograd's transforms: at most six in each direction of each of the three.
@@ -190,7 +193,7 @@ WINOGRAD_ROUNDINGS = 36
 def winograd_reference(x, w, bias, dy, padding, groups, directions):
     """As conv2d_reference, with the bounds of Winograd's algorithm for those of fprop, dgrad and wgrad that take it."""
     expected = conv2d_reference(x, w, bias, dy, 1, padding, 1, groups)
-    tiles = dy.shape[0] * -(-dy.shape[2] // 4) * -(-dy.shape[3] // 4)
+    tiles = dy.shape[0] * -(-dy.shape[2] // 4) * -(-dy.shape[3] // 4)  # of wgrad
     terms = (w.shape[1] + 1, w.shape[0] // groups, tiles)
     sums = winograd_magnitudes(*(_double(t).abs() for t in (x, w, dy)), padding, groups)
     for at, direction in enumerate(("fprop", "dgrad", "wgrad")):

@@ -1,4 +1,4 @@
-"""Winograd's F(4×4, 3×3) on the CPU: its matrices, its error, what is not finite, and when it is taken unasked."""
+"""Winograd's F(4×4, 3×3) and F(2×2, 5×5) on the CPU: matrices, error, what is not finite, and where it is taken."""
 
 from fractions import Fraction
 
@@ -19,7 +19,17 @@ CASES = [
     Case("one output", (3, 2, 3, 3), (3, 2, 3, 3)),
     Case("several boxes of tiles a row", (1, 3, 5, 150), (4, 3, 3, 3), padding=(1, 1)),
     Case("deep", (1, 530, 6, 5), (34, 530, 3, 3), padding=(1, 1)),
-    Case("several chunks of tiles", (3, 1000, 23, 17), (33, 1000, 3, 3), padding=(1, 1)),
+    Case("5x5", (2, 5, 9, 11), (7, 5, 5, 5)),
+    Case("5x5, whole tiles", (2, 16, 10, 14), (32, 16, 5, 5), padding=(2, 2)),
+    Case("5x5, padded", (1, 19, 13, 6), (35, 19, 5, 5), padding=(1, 3)),
+    Case("5x5, padding of the whole filter and more", (2, 3, 4, 5), (4, 3, 5, 5), padding=(5, 6)),
+    Case("grouped 5x5", (2, 12, 7, 9), (21, 4, 5, 5), padding=(2, 0), groups=3),
+    Case("5x5, one pixel", (1, 3, 1, 1), (4, 3, 5, 5), padding=(2, 2)),
+    Case("5x5, a task a chunk", (3, 9, 36, 34), (35, 9, 5, 5), padding=(2, 2)),
+    Case("5x5, deep", (1, 330, 6, 5), (66, 330, 5, 5), padding=(2, 2)),
+    Case("filters once for all chunks of tiles", (2, 330, 39, 37), (20, 330, 3, 3), padding=(1, 1)),
+    Case("filters for each block of tiles", (1, 33, 38, 36), (34, 33, 3, 3), padding=(1, 1)),
+    Case("several chunks of tiles", (3, 1000, 31, 17), (33, 1000, 3, 3), padding=(1, 1)),
     Case("a task a chunk", (3, 9, 70, 66), (35, 9, 3, 3), padding=(1, 1)),
 ]
 LAYOUTS = ("contiguous", "channels_last")
@@ -34,7 +44,7 @@ def cpu(native_backend):
     return native_backend
 
 
-@pytest.mark.parametrize(("outputs", "taps"), [(4, 3), (3, 4)])
+@pytest.mark.parametrize(("outputs", "taps"), [(4, 3), (3, 4), (2, 5)])
 def test_the_matrices_compute_the_sum_in_exact_fractions(outputs, taps):
     a, g, b = toom_cook(outputs, taps)
     for p in range(outputs):
@@ -44,13 +54,14 @@ def test_the_matrices_compute_the_sum_in_exact_fractions(outputs, taps):
                 assert coefficient == Fraction(int(i == p + q))
 
 
-def test_each_value_of_a_tile_is_transformed_by_those_matrices(cpu):
+@pytest.mark.parametrize("size", [3, 5])
+def test_each_value_of_a_tile_is_transformed_by_those_matrices(cpu, size):
     """One product at a time: x is zero but for one pixel, w but for one tap. That leaves one of y, the rest are zero up
     to the rounding of the matrices. Any wrong number in a transform shows."""
-    x, w = torch.zeros(36, 1, 6, 6, dtype=torch.float64), torch.zeros(9, 1, 3, 3, dtype=torch.float64)
+    x, w = torch.zeros(36, 1, 6, 6, dtype=torch.float64), torch.zeros(size**2, 1, size, size, dtype=torch.float64)
     x.view(36, 36).fill_diagonal_(1)
-    w.view(9, 9).fill_diagonal_(1)
-    dy = torch.zeros(36, 9, 4, 4, dtype=torch.float64)
+    w.view(size**2, size**2).fill_diagonal_(1)
+    dy = torch.zeros(36, size**2, 7 - size, 7 - size, dtype=torch.float64)
     expected = conv2d_reference(x, w, None, dy, 1, 0, 1, 1)[0]
     y = fastconv.conv2d(x, w, algo="winograd")
     assert largest_error(y, expected.value) <= 2**-48
@@ -85,9 +96,10 @@ def test_relu_in_the_same_pass(cpu, layout, value):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("taps", [3, 5])
 @pytest.mark.parametrize("size", [(2, 16, 18, 14), (2, 64, 18, 14), (2, 256, 18, 14), (2, 64, 56, 56)], ids=str)
-def test_its_error_stays_within_four_times_that_of_the_sum(cpu, size, layout):
-    case = Case("", size, (size[1], size[1], 3, 3), padding=(1, 1))
+def test_its_error_stays_within_four_times_that_of_the_sum(cpu, size, taps, layout):
+    case = Case("", size, (size[1], size[1], taps, taps), padding=(taps // 2, taps // 2))
     tensors = inputs_of(case, torch.float32, layout)
     expected = conv2d_reference(*tensors, *case.config)
     for name, winograd, im2col, e in zip(
@@ -104,7 +116,7 @@ def test_its_error_stays_within_four_times_that_of_the_sum(cpu, size, layout):
 def test_what_is_not_finite_reaches_only_what_reads_it(cpu, layout, which, value):
     """The transforms would spread it over a tile, and of 3e38 they overflow, where the sum does not. im2col's results
     are held to float64's in test_conv2d.py, for x and dy."""
-    for case in (CASES[0], CASES[4], CASES[7]):
+    for case in (CASES[0], CASES[4], CASES[7], CASES[9]):
         tensors = inputs_of(case, torch.float32, layout)
         x, w, _, dy = (t.clamp_(-0.5, 0.5) for t in tensors)
         t = {"x": x, "w": w, "dy": dy}[which]
@@ -121,7 +133,7 @@ def test_what_is_not_finite_reaches_only_what_reads_it(cpu, layout, which, value
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_same_bits_for_any_number_of_threads(cpu, layout, threads):
-    for case in CASES[-2:]:
+    for case in CASES[-5:]:
         tensors = inputs_of(case, torch.float32, layout)
         results = []
         for count in (1, 2, 3):
@@ -152,7 +164,10 @@ def test_it_is_taken_unasked_where_it_pays(direction, layout):
     assert algo((4, 3, 224, 224), (64, 3, 3, 3)) == "im2col"  # nothing pays for the transforms of y
     assert algo((4, 8, 56, 56), (8, 8, 3, 3)) == "im2col"
     assert algo((1, 64, 56, 56), (64, 1, 3, 3), groups=64) == "depthwise"
-    assert algo((1, 512, 7, 7), (512, 512, 3, 3)) == "im2col"  # nor for those of the filters
+    few_tiles = algo((1, 512, 7, 7), (512, 512, 3, 3))  # wgrad: nor for those of the filters
+    assert few_tiles == ("im2col" if direction == "wgrad" else "winograd")
+    assert algo((4, 64, 28, 28), (96, 64, 5, 5), padding=2) == "winograd"
+    assert algo((4, 3, 224, 224), (64, 3, 5, 5), padding=2) == "im2col"
     assert algo((1, 64, 4, 4), (64, 64, 3, 3)) == "im2col"  # too little work
     assert algo((1, 1024, 56, 56), (1024, 1024, 3, 3)) == "im2col"  # filters of 144 MiB
 
@@ -163,7 +178,7 @@ def test_the_plan_says_what_it_saves_and_takes():
     assert "36 products for 16 outputs, not 144" in reason and "less work" in reason
     assert taken.kernel == "conv2d_winograd_fprop"
     assert taken.workspace_bytes >= 4 * 36 * 64 * 64  # the transformed filters
-    with pytest.raises(ValueError, match="algo='winograd': winograd needs 3×3 filters, here 3×2"):
+    with pytest.raises(ValueError, match="algo='winograd': winograd needs 3×3 or 5×5 filters, here 3×2"):
         plan((1, 3, 8, 8), (4, 3, 3, 2), algo="winograd")
     with pytest.raises(ValueError, match="algo='winograd': winograd needs stride 1 and dilation 1"):
         plan((1, 3, 8, 8), (4, 3, 3, 3), stride=2, algo="winograd")

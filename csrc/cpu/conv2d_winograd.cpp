@@ -1,8 +1,9 @@
-// Convolution by Winograd's minimal filtering, F(4×4, 3×3): 36 products for 16 outputs of a 3×3 filter instead of 144.
+// Convolution by Winograd's minimal filtering with tiles of 6×6: F(4×4, 3×3), 36 products for 16 outputs of a 3×3
+// filter instead of 144, and F(2×2, 5×5), 36 for 4 outputs of a 5×5 filter instead of 100.
 //
-// Tiles of x, 6×6 each, 4 apart, and the filters are transformed (conv2d_winograd_transforms.h); then each of the 36
-// elements is a matrix product over the channels, and the inverse transform makes a 4×4 tile of y. Vectors run along
-// the channels in both memory orders.
+// Tiles of x, 6×6 each, and the filters are transformed (conv2d_winograd_transforms.h); then each of the 36 elements is
+// a matrix product over the channels, and the inverse transform makes a tile of y. Vectors run along the channels in
+// both memory orders.
 //
 // The transforms multiply and add what a tile reads, so an infinity or NaN would reach all of the tile's outputs. Where
 // any result is not finite, the call is computed once more by im2col, whose results then are what torch's are.
@@ -21,12 +22,23 @@ Conv2dPlan im2col_plan(const Conv2dProblem& problem, Direction direction) {
   return plan_conv2d_cpu(problem, direction, Algo::im2col, nullptr);
 }
 
+// Calls f(T{}, integral_constant of the filter's size).
+template <typename F>
+void dispatch_winograd(const Conv2dProblem& p, const F& f) {
+  dispatch(p.dtype, [&](auto element) {
+    if (p.R == 3)
+      f(element, std::integral_constant<int, 3>());
+    else
+      f(element, std::integral_constant<int, 5>());
+  });
+}
+
 void fprop(const Conv2dProblem& problem, const Conv2dPlan& plan, const void* x, const void* w, const void* bias,
            void* y, void* workspace, void* scratch, const Parallel& parallel) {
-  dispatch(problem.dtype, [&](auto element) {
+  dispatch_winograd(problem, [&](auto element, auto size) {
     using T = decltype(element);
-    if (!winograd_fprop(problem, plan, (const T*)x, (const T*)w, (const T*)bias, (T*)y, workspace, (char*)scratch,
-                        parallel))
+    if (!winograd_fprop<size.value>(problem, plan, (const T*)x, (const T*)w, (const T*)bias, (T*)y, workspace,
+                                    (char*)scratch, parallel))
       FASTCONV_ISA::conv2d_im2col.fprop(problem, im2col_plan(problem, plan.direction), x, w, bias, y, workspace,
                                         scratch, parallel);
   });
@@ -34,9 +46,10 @@ void fprop(const Conv2dProblem& problem, const Conv2dPlan& plan, const void* x, 
 
 void dgrad(const Conv2dProblem& problem, const Conv2dPlan& plan, const void* dy, const void* w, void* dx,
            void* workspace, void* scratch, const Parallel& parallel) {
-  dispatch(problem.dtype, [&](auto element) {
+  dispatch_winograd(problem, [&](auto element, auto size) {
     using T = decltype(element);
-    if (!winograd_dgrad(problem, plan, (const T*)dy, (const T*)w, (T*)dx, workspace, (char*)scratch, parallel))
+    if (!winograd_dgrad<size.value>(problem, plan, (const T*)dy, (const T*)w, (T*)dx, workspace, (char*)scratch,
+                                    parallel))
       FASTCONV_ISA::conv2d_im2col.dgrad(problem, im2col_plan(problem, plan.direction), dy, w, dx, workspace, scratch,
                                         parallel);
   });

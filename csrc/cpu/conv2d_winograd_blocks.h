@@ -7,19 +7,19 @@
 namespace fastconv::cpu {
 namespace {
 
-constexpr int64_t tile_out = 4;        // a tile of y is 4×4
-constexpr int64_t tile_in = 6;         // and reads 6×6 of x
-constexpr int64_t tile_products = 36;  // for which it takes so many products a pair of channels, instead of 144
+constexpr int64_t tile_in = 6;         // a tile reads 6×6 of x
+constexpr int64_t tile_products = 36;  // and takes so many products a pair of channels
 constexpr int64_t line = 16;           // between matrices, so that the 36 of them don't fall into the same cache lines
 
 // So many products, of channels or in wgrad of tiles, are added up at a time, and these sums in turn: the products are
 // larger than those of the sum itself and cancel, so that a long chain of them would lose more than the transforms do.
-constexpr int64_t chain = 32;
+constexpr int64_t chain = 32, tile_chain = 16;
 static_assert(chain % max_panel_cols == 0);
 
 // The tiles of all images, in order. A box of them, rows of an image or a part of one, is staged and transformed at
 // once; a chunk of boxes is multiplied at once.
 struct Tiles {
+  int64_t step;        // a tile of y is step × step
   int64_t rows, cols;  // of an image
   int64_t box_rows, box_cols;
   int64_t boxes;  // of all images
@@ -29,8 +29,6 @@ struct Tiles {
   int64_t col_boxes() const { return pieces_of(cols, box_cols); }
   int64_t chunk_tiles() const { return chunk_boxes * box_rows * box_cols; }
   int64_t chunks() const { return chunk_boxes < 1 ? 0 : pieces_of(boxes, chunk_boxes); }
-  // fprop and dgrad: each chunk is a task of its own, with its tiles in scratch. Of fewer chunks the parts are tasks.
-  bool apart() const { return chunks() >= 16; }
   // The number of the first tile of a box, also for the box after the last.
   int64_t first(int64_t box) const {
     const int64_t n = box / (row_boxes() * col_boxes());
@@ -38,11 +36,15 @@ struct Tiles {
   }
 };
 
+// wgrad by F(5×5, 2×2) would lose too much. It computes 3×3 taps at a time, so four pieces of a 5×5 filter.
+inline int64_t wgrad_pieces(const Conv2dProblem& p) { return pieces_of(p.R, 3) * pieces_of(p.R, 3); }
+
 // plan.tile_k: tiles of a chunk
 inline Tiles make_tiles(const Conv2dProblem& p, Direction direction, int64_t chunk) {
   const bool dgrad = direction == Direction::dgrad;
-  Tiles t{pieces_of(dgrad ? p.H : p.P, tile_out), pieces_of(dgrad ? p.W : p.Q, tile_out), 0, 0, 0, 0};
-  const PixelBlock box = pixel_block(1, t.rows, t.cols, 16);  // 16 channels of it stay in L1
+  const int64_t step = direction == Direction::wgrad ? 4 : tile_in + 1 - p.R;
+  Tiles t{step, pieces_of(dgrad ? p.H : p.P, step), pieces_of(dgrad ? p.W : p.Q, step), 0, 0, 0, 0};
+  const PixelBlock box = pixel_block(1, t.rows, t.cols, 64 / step);  // 16 channels of it stay in L1
   t.box_rows = box.i < 1 ? 1 : box.i;
   t.box_cols = box.j < 1 ? 1 : box.j;
   t.boxes = p.N * t.row_boxes() * t.col_boxes();
@@ -51,13 +53,48 @@ inline Tiles make_tiles(const Conv2dProblem& p, Direction direction, int64_t chu
   return t;
 }
 
+// fprop and dgrad come in three forms:
+//   passing  each task transforms the filters that it needs, a chain at a time, so that they never leave the cache; for
+//            few tiles, or filters that are too large to be kept;
+//   apart    all filters are transformed first; then each chunk is a task of its own, with its tiles in scratch;
+//   chunks   all filters are transformed first; then each chunk is shared by all tasks.
+enum class GatherForm { passing, apart, chunks };
+constexpr int64_t passing_tiles = 128, kept_elements = 1 << 21;
+inline GatherForm gather_form(const Conv2dProblem& p, const Tiles& tiles, Direction direction) {
+  const int64_t filters = tile_products * contracted_channels(p, direction) * produced_channels(p, direction);
+  if (p.N * tiles.rows * tiles.cols <= passing_tiles || filters > kept_elements) return GatherForm::passing;
+  return tiles.chunks() >= 16 ? GatherForm::apart : GatherForm::chunks;
+}
+
+// wgrad: a task adds up a block of filters × channels of a piece, for some of the 36 matrices, over the tiles of a
+// chunk. If that is all there is of the block, its sums stay in scratch; else they are kept in the workspace.
+struct WgradTasks {
+  int64_t pieces, k_blocks, c_blocks, parts;
+  bool kept;
+  int64_t matrix, block;  // of sums: elements of one matrix and of 36
+
+  int64_t blocks() const { return pieces * k_blocks * c_blocks; }
+};
+inline WgradTasks wgrad_tasks(const Conv2dProblem& p, const Conv2dPlan& plan, const Tiles& tiles) {
+  WgradTasks t{};
+  t.pieces = wgrad_pieces(p);
+  t.k_blocks = pieces_of(p.filters_per_group(), plan.tile_m);
+  t.c_blocks = pieces_of(p.channels_per_group(), plan.tile_n);
+  t.parts = 1;
+  while (t.blocks() * t.parts < 16 && t.parts < tile_products) t.parts *= t.parts == 4 ? 3 : t.parts == 12 ? 3 : 2;
+  t.kept = t.parts > 1 || tiles.chunks() > 1;
+  t.matrix = plan.tile_m * plan.tile_n + line;
+  t.block = tile_products * t.matrix;
+  return t;
+}
+
 // Offsets into the workspace, for one group at a time.
 struct WinogradMemory {
-  int64_t dy_row, dw_row;                // pitches
-  int64_t filters, filters_matrix;       // fprop, dgrad: 36 of [panel of produced][contracted][panel_cols]
-  int64_t x, x_matrix;                   // 36 of [chain][tile][channel], wgrad: [panel][tile][channel]
-  int64_t dy, dy_matrix, dw, dw_matrix;  // wgrad: 36 of [tile][filter], and of [filter][channel]
-  int64_t box_sums, sums;                // wgrad: Σ dy of each box of a chunk, [box][filter], and of all
+  int64_t filters, filters_matrix;  // fprop, dgrad: 36 of [panel of produced][contracted][panel_cols]
+  int64_t x, x_matrix;              // 36 of [chain][tile][channel]; wgrad: [piece][panel of channels][tile][panel_cols]
+  int64_t dy, dy_matrix;            // wgrad: 36 of [panel of filters][tile][panel_cols]
+  int64_t dw;                       // wgrad, where they are kept: sums, [block][f][filter][channel]
+  int64_t box_sums, sums;           // wgrad: Σ dy of each box of a chunk, [box][filter], and of all
   int64_t end;
 };
 inline WinogradMemory winograd_memory(const Conv2dProblem& p, const Conv2dPlan& plan) {
@@ -65,20 +102,20 @@ inline WinogradMemory winograd_memory(const Conv2dProblem& p, const Conv2dPlan& 
   WinogradMemory m{};
   if (plan.direction != Direction::wgrad) {
     const int64_t contracted = contracted_channels(p, plan.direction);
-    m.filters_matrix = whole_panels(produced_channels(p, plan.direction)) * contracted + line;
+    if (gather_form(p, tiles, plan.direction) != GatherForm::passing)
+      m.filters_matrix = whole_panels(produced_channels(p, plan.direction)) * contracted + line;
     m.x_matrix = tiles.chunk_tiles() * pieces_of(contracted, chain) * chain + line;
     m.x = m.filters + tile_products * m.filters_matrix;
-    m.end = m.x + tile_products * m.x_matrix + slack;
+    m.end = m.x + slack;
+    if (gather_form(p, tiles, plan.direction) != GatherForm::apart) m.end += tile_products * m.x_matrix;
   } else {
     const int64_t channels = whole_panels(p.channels_per_group()), filters = whole_panels(p.filters_per_group());
-    m.dy_row = filters + line;
-    m.dw_row = channels;
-    m.x_matrix = tiles.chunk_tiles() * channels + line;
-    m.dy_matrix = tiles.chunk_tiles() * m.dy_row + line;
-    m.dw_matrix = p.filters_per_group() * m.dw_row + line;
+    const WgradTasks tasks = wgrad_tasks(p, plan, tiles);
+    m.x_matrix = tiles.chunk_tiles() * tasks.pieces * channels + line;
+    m.dy_matrix = tiles.chunk_tiles() * filters + line;
     m.dy = m.x + tile_products * m.x_matrix;
     m.dw = m.dy + tile_products * m.dy_matrix;
-    m.box_sums = m.dw + tile_products * m.dw_matrix;
+    m.box_sums = m.dw + (tasks.kept ? tasks.blocks() * tasks.block : 0);
     m.sums = m.box_sums + tiles.chunk_boxes * filters;
     m.end = m.sums + filters + slack;
   }
@@ -88,22 +125,29 @@ inline WinogradMemory winograd_memory(const Conv2dProblem& p, const Conv2dPlan& 
 // One thread's scratch, as offsets in elements. The stage is needed before the products are.
 constexpr int64_t run_tiles = 16;  // neighbours in a row that are written at once
 struct WinogradScratch {
-  int64_t stage, products, products_row, products_matrix, outputs, x, end;
+  int64_t stage, products, products_row, products_matrix, outputs, filters, filters_matrix, x, end;
 };
 inline WinogradScratch winograd_scratch(const Conv2dProblem& p, const Conv2dPlan& plan) {
   const Tiles tiles = make_tiles(p, plan.direction, plan.tile_k);
-  const int64_t positions = (tiles.box_rows * tile_out + 2) * (tiles.box_cols * tile_out + 2);
+  const int64_t more = tile_in - tiles.step;
+  const int64_t positions = (tiles.box_rows * tiles.step + more) * (tiles.box_cols * tiles.step + more);
   WinogradScratch s{};
   s.end = positions * max_panel_cols + slack;
-  if (plan.direction != Direction::wgrad) {
-    s.products_row = whole_panels(plan.tile_n);
-    s.products_matrix = plan.tile_m * s.products_row + line;
-    s.outputs = tile_products * s.products_matrix;
-    const int64_t end = s.outputs + tile_out * tile_out * run_tiles * max_panel_cols + slack;
-    if (end > s.end) s.end = end;
-    s.x = s.end;
-    if (tiles.apart()) s.end += tile_products * winograd_memory(p, plan).x_matrix + slack;
+  if (plan.direction == Direction::wgrad) {
+    const WgradTasks tasks = wgrad_tasks(p, plan, tiles);
+    if (!tasks.kept && tasks.block + slack > s.end) s.end = tasks.block + slack;
+    return s;
   }
+  const GatherForm form = gather_form(p, tiles, plan.direction);
+  s.products_row = whole_panels(plan.tile_n);
+  s.products_matrix = plan.tile_m * s.products_row + line;
+  s.outputs = tile_products * s.products_matrix;
+  s.filters = s.outputs + tiles.step * tiles.step * run_tiles * max_panel_cols + slack;
+  s.filters_matrix = form == GatherForm::passing ? chain * s.products_row + line : 0;
+  const int64_t end = s.filters + tile_products * s.filters_matrix + slack;
+  if (end > s.end) s.end = end;
+  s.x = s.end;
+  if (form == GatherForm::apart) s.end += tile_products * winograd_memory(p, plan).x_matrix + slack;
   return s;
 }
 

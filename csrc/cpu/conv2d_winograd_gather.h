@@ -2,14 +2,15 @@
 //
 //   M[f][tile][m] = Σ_ch X[f][tile][ch] · U[f][ch][m]       f = 0 … 35
 //
-// X and U being the transformed tiles of the source and filters. The filters are transformed once; then, chunk by chunk
-// of tiles, X for all channels, and for each block of tiles × produced channels the 36 products, which go through the
-// inverse transform and out while they are in the cache. dgrad is fprop of dy with flipped taps and padding 2 − pad.
+// X and U being the transformed tiles of the source and filters. Chunk by chunk of tiles: X for all channels, and then,
+// for each block of tiles × produced channels, the 36 products, which go through the inverse transform and out while
+// they are in the cache. The filters are transformed before, or by each block for itself (GatherForm). dgrad is fprop
+// of dy with flipped taps and padding R − 1 − pad.
 #pragma once
 
 #include "conv2d_wgrad_out.h"
+#include "conv2d_winograd_products.h"
 #include "conv2d_winograd_tiles.h"
-#include "gemm.h"
 
 namespace fastconv::cpu {
 namespace {
@@ -26,56 +27,68 @@ struct WinogradGather {
 };
 
 // out[ch][tap][m] of a panel of produced channels: one of ch, tap and m is contiguous in memory, by which it is copied.
-template <typename T>
+template <int R, typename T>
 void pack_taps(const Filters<T>& f, const T* from, int64_t m_count, int64_t ch_count, acc_t<T>* out) {
-  constexpr int width = panel_cols<acc_t<T>>;
+  constexpr int width = panel_cols<acc_t<T>>, taps = R * R;
   if (f.m == 1) {
     for (int64_t ch = 0; ch < ch_count; ++ch)
-      for (int64_t tap = 0; tap < 9; ++tap, out += width)
-        copy_strided(from + ch * f.channel + tap / 3 * f.r + tap % 3 * f.s, 1, out, m_count);
+      for (int64_t tap = 0; tap < taps; ++tap, out += width)
+        copy_strided(from + ch * f.channel + tap / R * f.r + tap % R * f.s, 1, out, m_count);
   } else if (f.channel == 1) {
-    for (int64_t tap = 0; tap < 9; ++tap)
-      transpose(from + tap / 3 * f.r + tap % 3 * f.s, f.m, m_count, ch_count, out + tap * width, 9 * width);
-  } else if (f.channel == 9) {
-    transpose(from, f.m, m_count, ch_count * 9, out, width);
+    for (int64_t tap = 0; tap < taps; ++tap)
+      transpose(from + tap / R * f.r + tap % R * f.s, f.m, m_count, ch_count, out + tap * width, taps * width);
+  } else if (f.channel == taps) {
+    transpose(from, f.m, m_count, ch_count * taps, out, width);
   } else {
     for (int64_t ch = 0; ch < ch_count; ++ch)
-      transpose(from + ch * f.channel, f.m, m_count, 9, out + ch * 9 * width, width);
+      transpose(from + ch * f.channel, f.m, m_count, taps, out + ch * taps * width, width);
   }
 }
 
-// U[f][panel][ch][panel_cols]
-template <typename T>
-void transform_filters(const WinogradGather<T>& g, int64_t group, acc_t<T>* out, int64_t matrix,
-                       const Parallel& parallel) {
+// Channels whose taps are packed at once.
+template <int R>
+constexpr int64_t packed_channels = R == 3 ? 16 : 8;
+
+// out[f][ch][panel_cols] of ch_count ≤ packed_channels contracted channels, and of a panel of produced ones from m0 on.
+template <int R, typename T>
+void transform_filters(const WinogradGather<T>& g, int64_t group, int64_t m0, int64_t ch0, int64_t ch_count,
+                       acc_t<T>* out, int64_t matrix) {
   using E = acc_t<T>;
-  constexpr int width = panel_cols<E>;
-  constexpr int64_t block = 16;
+  constexpr int width = panel_cols<E>, taps = R * R;
   const Filters<T>& f = g.filters;
-  const int64_t blocks = ceil_div(g.contracted, block);
+  const int64_t m_count = min_of<int64_t>(width, g.produced - m0);
+  E packed[packed_channels<R> * taps * width];
+  if (m_count < width) fill_zero<T>(packed, packed_channels<R> * taps * width);
+  pack_taps<R>(f, f.data + group * f.group + m0 * f.m + ch0 * f.channel, m_count, ch_count, packed);
+  const E* first = g.flipped ? packed + (taps - 1) * width : packed;
+  const int64_t step = g.flipped ? -width : width;
+  for (int64_t ch = 0; ch < ch_count; ++ch, first += taps * width, out += width)
+    for (int half = 0; half < width; half += lanes<E>)
+      transform<E, FilterMatrix<R>>([&](int r, int s) { return load(first + (r * R + s) * step + half); },
+                                    [&](int i, int j, vec_t<E> v) { store(out + (i * 6 + j) * matrix + half, v); });
+}
+
+// U[f][panel][ch][panel_cols]
+template <int R, typename T>
+void transform_all_filters(const WinogradGather<T>& g, int64_t group, acc_t<T>* out, int64_t matrix,
+                           const Parallel& parallel) {
+  constexpr int width = panel_cols<acc_t<T>>;
+  const int64_t blocks = ceil_div(g.contracted, packed_channels<R>);
   for_each_task(parallel, ceil_div(g.produced, width) * blocks, [&](int, int64_t task) {
-    const int64_t panel = task / blocks, m0 = panel * width, m_count = min_of<int64_t>(width, g.produced - m0);
-    const int64_t ch0 = task % blocks * block, ch_count = min_of(block, g.contracted - ch0);
-    E taps[block * 9 * width];
-    if (m_count < width) fill_zero<T>(taps, block * 9 * width);
-    pack_taps(f, f.data + group * f.group + m0 * f.m + ch0 * f.channel, m_count, ch_count, taps);
-    E* to = out + (panel * g.contracted + ch0) * width;
-    const E* first = g.flipped ? taps + 8 * width : taps;
-    const int64_t step = g.flipped ? -width : width;
-    for (int64_t ch = 0; ch < ch_count; ++ch, first += 9 * width, to += width)
-      for (int half = 0; half < width; half += lanes<E>)
-        transform<E, FilterMatrix>([&](int r, int s) { return load(first + (r * 3 + s) * step + half); },
-                                   [&](int i, int j, vec_t<E> v) { store(to + (i * 6 + j) * matrix + half, v); });
+    const int64_t m0 = task / blocks * width, ch0 = task % blocks * packed_channels<R>;
+    transform_filters<R>(g, group, m0, ch0, min_of(packed_channels<R>, g.contracted - ch0),
+                         out + m0 * g.contracted + ch0 * width, matrix);
   });
 }
 
-// Tiles of one row, from out position (row, col) on: outputs[4][4·tiles][panel_cols] to where they belong.
-template <typename T>
+// Step × Step tiles of one row, from out position (row, col) on: outputs[Step][Step·tiles][panel_cols] to where they
+// belong.
+template <int Step, typename T>
 void write_tiles(const WinogradGather<T>& g, const acc_t<T>* outputs, int64_t tiles, int64_t n, int64_t channel,
                  int64_t channels, int64_t row, int64_t col) {
   constexpr int width = panel_cols<acc_t<T>>;
-  const int64_t cols = min_of(tiles * tile_out, g.out_cols - col);
-  for (int64_t i = 0; i < min_of(tile_out, g.out_rows - row); ++i, outputs += tiles * tile_out * width) {
+  const int64_t cols = min_of(tiles * Step, g.out_cols - col);
+  for (int64_t i = 0; i < min_of<int64_t>(Step, g.out_rows - row); ++i, outputs += tiles * Step * width) {
     T* to = g.out.at(n, channel, row + i, col);
     if (g.out.col == 1)
       transpose(outputs, width, cols, channels, to, g.out.channel);
@@ -86,41 +99,63 @@ void write_tiles(const WinogradGather<T>& g, const acc_t<T>* outputs, int64_t ti
 
 // Whether all results are finite. An infinity or NaN spoils all of the tile that reads it, so then they are to be
 // computed in another way.
-template <typename T>
+template <int R, typename T>
 bool winograd_gather(const Conv2dProblem& pr, const Conv2dPlan& plan, const WinogradGather<T>& g, void* workspace,
                      char* scratch, const Parallel& parallel) {
   using E = acc_t<T>;
-  constexpr int width = panel_cols<E>;
+  constexpr int width = panel_cols<E>, step = tile_in + 1 - R;
   const Tiles tiles = make_tiles(pr, plan.direction, plan.tile_k);
+  const GatherForm form = gather_form(pr, tiles, plan.direction);
   const WinogradMemory memory = winograd_memory(pr, plan);
   const WinogradScratch layout = winograd_scratch(pr, plan);
   E* const filters = (E*)workspace + memory.filters;
   const int64_t m_blocks = ceil_div(g.produced, plan.tile_n), panels = ceil_div(g.contracted, width);
   bool spoilt = false;
   for (int64_t group = 0; group < pr.groups; ++group) {
-    transform_filters(g, group, filters, memory.filters_matrix, parallel);
-    const auto chunk = [&](int64_t box0, E* x_data, char* scratch, const Parallel& parallel) {
-      const TileMatrices<E> x{x_data, memory.x_matrix, chain};
+    if (form != GatherForm::passing) transform_all_filters<R>(g, group, filters, memory.filters_matrix, parallel);
+    // products[f][tile][m] of m_count produced channels from m0 on
+    const auto multiply = [&](const E* x, int64_t count, int64_t t0, int64_t t1, int64_t m0, int64_t m_count, E* own) {
+      E *const products = own + layout.products, *const passing = own + layout.filters;
+      if (form == GatherForm::passing) {
+        for (int64_t ch = 0; ch == 0 || ch < g.contracted; ch += chain) {
+          const int64_t depth = min_of(chain, g.contracted - ch);
+          for (int64_t m = 0; m < m_count; m += width)
+            for (int64_t at = 0; at < depth; at += packed_channels<R>)
+              transform_filters<R>(g, group, m0 + m, ch + at, min_of(packed_channels<R>, depth - at),
+                                   passing + m * depth + at * width, layout.filters_matrix);
+          for (int64_t f = 0; f < tile_products; ++f)
+            for (int64_t m = 0; m < m_count; m += width)
+              multiply_chain<chain, 1>(t1 - t0, depth, x + f * memory.x_matrix + ch * count + t0 * chain,
+                                       passing + f * layout.filters_matrix + m * depth,
+                                       products + f * layout.products_matrix + m, layout.products_row, ch > 0);
+        }
+      } else {
+        for (int64_t f = 0; f < tile_products; ++f)
+          for (int64_t ch = 0; ch == 0 || ch < g.contracted; ch += chain)
+            for (int64_t m = 0; m < m_count; m += width)
+              multiply_chain<chain, 1>(t1 - t0, min_of(chain, g.contracted - ch),
+                                       x + f * memory.x_matrix + ch * count + t0 * chain,
+                                       filters + f * memory.filters_matrix + (m0 + m) * g.contracted + ch * width,
+                                       products + f * layout.products_matrix + m, layout.products_row, ch > 0);
+      }
+    };
+    const auto chunk = [&](int64_t box0, E* x, char* scratch, const Parallel& parallel) {
       const int64_t boxes = min_of(tiles.chunk_boxes, tiles.boxes - box0);
       const int64_t chunk0 = tiles.first(box0), count = tiles.first(box0 + boxes) - chunk0;
       for_each_task(parallel, boxes * panels, [&](int worker, int64_t task) {
         const int64_t ch = task % panels * width, ch_count = min_of<int64_t>(width, g.contracted - ch);
-        transform_box<InputMatrix>(g.source, tiles, box0 + task / panels, chunk0, group * g.contracted + ch, ch_count,
-                                   {x.data + ch / chain * chain * count + ch % chain, x.matrix, chain}, (E*)nullptr,
-                                   (E*)(scratch + worker * plan.scratch_bytes) + layout.stage);
+        transform_box<InputMatrix, step>(g.source, tiles, box0 + task / panels, chunk0, group * g.contracted + ch,
+                                         ch_count,
+                                         {x + ch / chain * chain * count + ch % chain, memory.x_matrix, chain},
+                                         (E*)nullptr, (E*)(scratch + worker * plan.scratch_bytes) + layout.stage);
       });
       const int64_t tile_blocks = ceil_div(count, plan.tile_m);
       for_each_task(parallel, tile_blocks * m_blocks, [&](int worker, int64_t task) {
         const int64_t t0 = task / m_blocks * count / tile_blocks, t1 = (task / m_blocks + 1) * count / tile_blocks;
         const int64_t m0 = task % m_blocks * plan.tile_n, m_count = min_of<int64_t>(plan.tile_n, g.produced - m0);
         E* const own = (E*)(scratch + worker * plan.scratch_bytes);
-        E *const products = own, *const outputs = own + layout.outputs;
-        for (int64_t f = 0; f < tile_products; ++f)
-          for (int64_t ch = 0; ch == 0 || ch < g.contracted; ch += chain)
-            multiply_block(t1 - t0, ceil_div(m_count, width), min_of(chain, g.contracted - ch),
-                           x.data + f * x.matrix + ch * count + t0 * chain, chain, 1,
-                           filters + f * memory.filters_matrix + (m0 * g.contracted + ch * width), g.contracted * width,
-                           products + f * layout.products_matrix, layout.products_row, ch > 0);
+        E *const products = own + layout.products, *const outputs = own + layout.outputs;
+        multiply(x, count, t0, t1, m0, m_count, own);
         vec_t<E> zero{};  // NaN where a result was not finite
         for (int64_t m = 0; m < m_count; m += width) {
           const int64_t channel = group * g.produced + m0 + m, channels = min_of<int64_t>(width, m_count - m);
@@ -129,20 +164,20 @@ bool winograd_gather(const Conv2dProblem& pr, const Conv2dPlan& plan, const Wino
           for (int64_t t = t0; t < t1;) {
             const int64_t j = (chunk0 + t) % tiles.cols, i = (chunk0 + t) / tiles.cols % tiles.rows;
             const int64_t n = (chunk0 + t) / tiles.cols / tiles.rows;
-            const int64_t run = min_of(run_tiles, min_of(t1 - t, tiles.cols - j)), pitch = run * tile_out * width;
+            const int64_t run = min_of(run_tiles, min_of(t1 - t, tiles.cols - j)), pitch = run * step * width;
             for (int64_t tile = 0; tile < run; ++tile)
               for (int half = 0; half < width; half += lanes<E>) {
                 const E* from = products + (t - t0 + tile) * layout.products_row + m + half;
-                E* to = outputs + tile * tile_out * width + half;
+                E* to = outputs + tile * step * width + half;
                 const vec_t<E> added = load(bias + half);
-                transform<E, OutputMatrix>(
+                transform<E, OutputMatrix<step>>(
                     [&](int k, int l) { return load(from + (k * 6 + l) * layout.products_matrix); },
                     [&](int k, int l, vec_t<E> v) {
                       zero += v * E(0);
                       store(to + k * pitch + l * width, pr.relu ? relu(v + added) : v + added);
                     });
               }
-            write_tiles(g, outputs, run, n, channel, channels, i * tile_out, j * tile_out);
+            write_tiles<step>(g, outputs, run, n, channel, channels, i * step, j * step);
             t += run;
           }
         }
@@ -150,7 +185,7 @@ bool winograd_gather(const Conv2dProblem& pr, const Conv2dPlan& plan, const Wino
           if (zero[lane] != 0) __atomic_store_n(&spoilt, true, __ATOMIC_RELAXED);
       });
     };
-    if (tiles.apart()) {
+    if (form == GatherForm::apart) {
       for_each_task(parallel, tiles.chunks(), [&](int worker, int64_t task) {
         char* const own = scratch + worker * plan.scratch_bytes;
         chunk(task * tiles.chunk_boxes, (E*)own + layout.x, own, Parallel{});
@@ -163,7 +198,7 @@ bool winograd_gather(const Conv2dProblem& pr, const Conv2dPlan& plan, const Wino
   return !spoilt;
 }
 
-template <typename T>
+template <int R, typename T>
 bool winograd_fprop(const Conv2dProblem& p, const Conv2dPlan& plan, const T* x, const T* w, const T* bias, T* y,
                     void* workspace, char* scratch, const Parallel& parallel) {
   const WinogradGather<T> g{p.channels_per_group(),
@@ -175,22 +210,22 @@ bool winograd_fprop(const Conv2dProblem& p, const Conv2dPlan& plan, const T* x, 
                             images(y, p.layout, p.K, p.P, p.Q),
                             p.P,
                             p.Q};
-  return winograd_gather(p, plan, g, workspace, scratch, parallel);
+  return winograd_gather<R>(p, plan, g, workspace, scratch, parallel);
 }
 
-template <typename T>
+template <int R, typename T>
 bool winograd_dgrad(const Conv2dProblem& p, const Conv2dPlan& plan, const T* dy, const T* w, T* dx, void* workspace,
                     char* scratch, const Parallel& parallel) {
   const WinogradGather<T> g{p.filters_per_group(),
                             p.channels_per_group(),
-                            {images(dy, p.layout, p.K, p.P, p.Q), p.P, p.Q, p.pad_h - 2, p.pad_w - 2},
+                            {images(dy, p.layout, p.K, p.P, p.Q), p.P, p.Q, p.pad_h - (R - 1), p.pad_w - (R - 1)},
                             filters(w, p, Direction::dgrad),
                             true,
                             nullptr,
                             images(dx, p.layout, p.C, p.H, p.W),
                             p.H,
                             p.W};
-  return winograd_gather(p, plan, g, workspace, scratch, parallel);
+  return winograd_gather<R>(p, plan, g, workspace, scratch, parallel);
 }
 
 }  // namespace

@@ -57,8 +57,9 @@ struct TileMatrices {
   int64_t matrix, row;
 };
 
-// Transforms one panel of channels of a box of tiles. sums: Σ of what was staged, or null.
-template <typename Matrix, typename T>
+// Transforms one panel of channels of a box of tiles, which lie Step apart in the source. sums: Σ of what was staged,
+// or null.
+template <typename Matrix, int Step, typename T>
 void transform_box(const TiledImages<T>& source, const Tiles& tiles, int64_t box, int64_t first_tile, int64_t channel,
                    int64_t channels, const TileMatrices<acc_t<T>>& out, acc_t<T>* sums, acc_t<T>* stage) {
   using E = acc_t<T>;
@@ -67,10 +68,9 @@ void transform_box(const TiledImages<T>& source, const Tiles& tiles, int64_t box
   const int64_t i0 = box / tiles.col_boxes() % tiles.row_boxes() * tiles.box_rows;
   const int64_t j0 = box % tiles.col_boxes() * tiles.box_cols;
   const int64_t i_count = min_of(tiles.box_rows, tiles.rows - i0), j_count = min_of(tiles.box_cols, tiles.cols - j0);
-  constexpr int64_t more = Matrix::in - tile_out;
-  const int64_t rows = i_count * tile_out + more, cols = j_count * tile_out + more;
-  stage_positions(source, n, channel, channels, source.row + i0 * tile_out, rows, source.col + j0 * tile_out, cols,
-                  stage);
+  constexpr int64_t more = Matrix::in - Step;
+  const int64_t rows = i_count * Step + more, cols = j_count * Step + more;
+  stage_positions(source, n, channel, channels, source.row + i0 * Step, rows, source.col + j0 * Step, cols, stage);
   for (int half = 0; sums && half < width; half += lanes<E>) {
     vec_t<E> sum{};
     for (int64_t at = 0; at < rows * cols; ++at) sum += load(stage + at * width + half);
@@ -80,7 +80,7 @@ void transform_box(const TiledImages<T>& source, const Tiles& tiles, int64_t box
   for (int64_t i = 0; i < i_count; ++i)
     for (int64_t j = 0; j < j_count; ++j, to += out.row)
       for (int half = 0; half < width; half += lanes<E>) {
-        const E* from = stage + (i * cols + j) * tile_out * width + half;
+        const E* from = stage + (i * cols + j) * Step * width + half;
         transform<E, Matrix>([&](int k, int l) { return load(from + (k * cols + l) * width); },
                              [&](int k, int l, vec_t<E> v) { store(to + (k * 6 + l) * out.matrix + half, v); });
       }

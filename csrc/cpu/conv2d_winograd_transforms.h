@@ -1,19 +1,19 @@
-// The matrices of F(4×4, 3×3), Winograd's minimal filtering: in one dimension, four outputs of three taps by six
-// products instead of twelve,
+// The matrices of Winograd's minimal filtering F(m×m, r×r) with tiles of m + r − 1 = 6: F(4×4, 3×3) and F(2×2, 5×5). In
+// one dimension m outputs of r taps take six products instead of m·r,
 //
-//   y = Aᵀ [(G g) ⊙ (Bᵀ d)]        y[p] = Σ_q g[q] · d[p + q]      p = 0 … 3, q = 0 … 2, d has 6 elements
+//   y = Aᵀ [(G g) ⊙ (Bᵀ d)]        y[p] = Σ_q g[q] · d[p + q]      p < m, q < r, d has 6 elements
 //
 // and in two dimensions each matrix is applied to columns, then to rows. They are Toom and Cook's, transposed
 // (Winograd, Arithmetic Complexity of Computations, 1980; Lavin and Gray, Fast Algorithms for Convolutional Neural
 // Networks, 2016): G evaluates the polynomial Σ g[q] z^q at five points α and at ∞, Aᵀ holds the powers of the points,
 // and Bᵀ has the coefficients of M(z) / (z − α), where M(z) = Π (z − α), and those of M itself for ∞. G is divided by
-// the products of differences M'(α).
+// the products of differences M'(α). B depends on the points alone.
 //
 // Their error grows with the sizes of these numbers, and so with the points (Barabasz and others, Error Analysis and
-// Improving the Accuracy of Winograd Convolution, 2020). 0, ±3/4, ±3/2 lose less than a bit against the sum itself; the
-// usual 0, ±1, ±2 lose almost three. All of A and B is exact in binary.
+// Improving the Accuracy of Winograd Convolution, 2020). 0, ±11/16, ±23/16 lose little against the sum itself; the
+// usual 0, ±1, ±2 lose two bits more. All of A and B is exact in binary.
 //
-// F(3×3, 4×4), for the gradient of the filters, has the same points and hence the same B.
+// The gradient of the filters is F(3×3, 4×4), where dy takes the filters' part.
 #pragma once
 
 #include "isa.h"
@@ -21,8 +21,8 @@
 namespace fastconv::cpu {
 namespace {
 
-constexpr double a1 = 0.75, a2 = a1 * a1, a3 = a2 * a1;
-constexpr double b1 = 1.5, b2 = b1 * b1, b3 = b2 * b1;
+constexpr double a1 = 11 / 16., a2 = a1 * a1, a3 = a2 * a1;
+constexpr double b1 = 23 / 16., b2 = b1 * b1, b3 = b2 * b1;
 // M(z) = z (z² − a²) (z² − b²), and 1/M' at 0, ±a, ±b
 constexpr double at_0 = 1 / (a2 * b2), at_a = 1 / (2 * a2 * (a2 - b2)), at_b = 1 / (2 * b2 * (b2 - a2));
 
@@ -42,59 +42,49 @@ struct InputMatrix {
   }
 };
 
-// Aᵀ: four outputs
+// Aᵀ: 2, 3 or 4 outputs
+template <int Outputs>
 struct OutputMatrix {
-  static constexpr int in = 6, out = 4;
+  static constexpr int in = 6, out = Outputs;
   template <typename E, typename V>
   static FASTCONV_INLINE void apply(const V* m, V* out) {
     const V sum_a = m[1] + m[2], difference_a = m[1] - m[2], sum_b = m[3] + m[4], difference_b = m[3] - m[4];
+    constexpr double a[] = {1, a1, a2, a3}, b[] = {1, b1, b2, b3};
     out[0] = m[0] + sum_a + sum_b;
-    out[1] = E(a1) * difference_a + E(b1) * difference_b;
-    out[2] = E(a2) * sum_a + E(b2) * sum_b;
-    out[3] = m[5] + E(a3) * difference_a + E(b3) * difference_b;
+#pragma GCC unroll 6
+    for (int i = 1; i < Outputs; ++i) {
+      const V& of_a = i % 2 ? difference_a : sum_a;
+      const V& of_b = i % 2 ? difference_b : sum_b;
+      out[i] = i == Outputs - 1 ? m[5] + E(a[i]) * of_a + E(b[i]) * of_b : E(a[i]) * of_a + E(b[i]) * of_b;
+    }
   }
 };
 
-// G: a filter's three taps at the points
+// G: 3, 4 or 5 taps at the points
+template <int Taps>
 struct FilterMatrix {
-  static constexpr int in = 3, out = 6;
+  static constexpr int in = Taps, out = 6;
+  // Σ g[q] z^q over the even q, and over the odd ones
+  template <typename E, typename V>
+  static FASTCONV_INLINE V even(const V* g, double z2) {
+    if constexpr (Taps > 4) return g[0] + E(z2) * g[2] + E(z2 * z2) * g[4];
+    return g[0] + E(z2) * g[2];
+  }
+  template <typename E, typename V>
+  static FASTCONV_INLINE V odd(const V* g, double z2) {
+    if constexpr (Taps > 3) return g[1] + E(z2) * g[3];
+    return g[1];
+  }
   template <typename E, typename V>
   static FASTCONV_INLINE void apply(const V* g, V* out) {
-    const V even_a = E(at_a) * (g[0] + E(a2) * g[2]), odd_a = E(at_a * a1) * g[1];
-    const V even_b = E(at_b) * (g[0] + E(b2) * g[2]), odd_b = E(at_b * b1) * g[1];
+    const V even_a = E(at_a) * even<E>(g, a2), odd_a = E(at_a * a1) * odd<E>(g, a2);
+    const V even_b = E(at_b) * even<E>(g, b2), odd_b = E(at_b * b1) * odd<E>(g, b2);
     out[0] = E(at_0) * g[0];
     out[1] = even_a + odd_a;
     out[2] = even_a - odd_a;
     out[3] = even_b + odd_b;
     out[4] = even_b - odd_b;
-    out[5] = g[2];
-  }
-};
-
-// F(3×3, 4×4): G for four elements of dy,
-struct GradientMatrix {
-  static constexpr int in = 4, out = 6;
-  template <typename E, typename V>
-  static FASTCONV_INLINE void apply(const V* g, V* out) {
-    const V even_a = E(at_a) * (g[0] + E(a2) * g[2]), odd_a = E(at_a * a1) * (g[1] + E(a2) * g[3]);
-    const V even_b = E(at_b) * (g[0] + E(b2) * g[2]), odd_b = E(at_b * b1) * (g[1] + E(b2) * g[3]);
-    out[0] = E(at_0) * g[0];
-    out[1] = even_a + odd_a;
-    out[2] = even_a - odd_a;
-    out[3] = even_b + odd_b;
-    out[4] = even_b - odd_b;
-    out[5] = g[3];
-  }
-};
-
-// and Aᵀ for three outputs, the taps of dw.
-struct TapsMatrix {
-  static constexpr int in = 6, out = 3;
-  template <typename E, typename V>
-  static FASTCONV_INLINE void apply(const V* m, V* out) {
-    out[0] = m[0] + (m[1] + m[2]) + (m[3] + m[4]);
-    out[1] = E(a1) * (m[1] - m[2]) + E(b1) * (m[3] - m[4]);
-    out[2] = m[5] + E(a2) * (m[1] + m[2]) + E(b2) * (m[3] + m[4]);
+    out[5] = g[Taps - 1];
   }
 };
 

@@ -25,14 +25,15 @@ const char* pick(Direction d, const char* fprop, const char* dgrad, const char* 
 }
 
 bool fits_winograd(const Conv2dProblem& p) {
-  return p.R == 3 && p.S == 3 && p.stride_h == 1 && p.stride_w == 1 && p.dilation_h == 1 && p.dilation_w == 1;
+  return p.R == p.S && (p.R == 3 || p.R == 5) && p.stride_h == 1 && p.stride_w == 1 && p.dilation_h == 1 &&
+         p.dilation_w == 1;
 }
 
 // Empty if the algorithm can do the problem.
 std::string rejection(const Conv2dProblem& p, Algo algo) {
   if (algo == Algo::winograd && !fits_winograd(p)) {
-    if (p.R != 3 || p.S != 3)
-      return "winograd needs 3×3 filters, here " + std::to_string(p.R) + "×" + std::to_string(p.S);
+    if (p.R != p.S || (p.R != 3 && p.R != 5))
+      return "winograd needs 3×3 or 5×5 filters, here " + std::to_string(p.R) + "×" + std::to_string(p.S);
     return "winograd needs stride 1 and dilation 1";
   }
   if (algo != Algo::depthwise) return "";
@@ -154,47 +155,61 @@ void plan_im2col(const Conv2dProblem& p, Conv2dPlan& plan) {
   plan.workspace_bytes = std::max(plan.workspace_bytes, bfloat16_memory(p, plan).end);
 }
 
-// A chunk of transformed tiles stays in L3, the products of a task in L2.
+// The products of a task stay in L2, with what they are made of where the filters are transformed in passing; chunks of
+// transformed tiles stay in L3, within workspaces of about 16 MiB.
 void plan_winograd(const Conv2dProblem& p, Conv2dPlan& plan) {
   Conv2dPlan fallback = plan;  // for results that are not finite
   plan_im2col(p, fallback);
   plan.kernel = pick(plan.direction, "conv2d_winograd_fprop", "conv2d_winograd_dgrad", "conv2d_winograd_wgrad");
-  const bool wgrad = plan.direction == Direction::wgrad;
-  const int64_t channels =
-      wgrad ? p.channels_per_group() + p.filters_per_group() : contracted_channels(p, plan.direction);
-  plan.tile_m = channels < 192 ? 48 : 64;
   plan.tile_n = 32;
-  plan.tile_k = int(std::clamp<int64_t>(56 * 1024 / std::max<int64_t>(channels, 1), 64, 1024));
-  if (!wgrad && make_tiles(p, plan.direction, 48).apart()) plan.tile_k = 48;
-  const Tiles tiles = make_tiles(p, plan.direction, plan.tile_k);
-  const int64_t blocks = pieces_of(produced_channels(p, plan.direction), plan.tile_n);
-  if (!wgrad && !tiles.apart() && pieces_of(tiles.chunk_tiles(), plan.tile_m) * blocks < enough_tasks) plan.tile_m = 32;
+  const auto tiles_of = [](int64_t elements, int64_t channels) {
+    return int(std::clamp<int64_t>(elements / tile_products / std::max<int64_t>(channels, 1), 64, 1024));
+  };
+  if (plan.direction == Direction::wgrad) {
+    plan.tile_m = 32;
+    plan.tile_k = tiles_of(1 << 22, wgrad_pieces(p) * p.channels_per_group() + p.filters_per_group());
+  } else {
+    const int64_t contracted = contracted_channels(p, plan.direction);
+    plan.tile_m = contracted < 192 ? 48 : 64;
+    plan.tile_k = 48;
+    if (gather_form(p, make_tiles(p, plan.direction, 48), plan.direction) != GatherForm::apart)
+      plan.tile_k = tiles_of(1 << 21, contracted);
+    const Tiles tiles = make_tiles(p, plan.direction, plan.tile_k);
+    const int64_t blocks = pieces_of(produced_channels(p, plan.direction), plan.tile_n);
+    if (gather_form(p, tiles, plan.direction) == GatherForm::chunks &&
+        pieces_of(tiles.chunk_tiles(), plan.tile_m) * blocks < enough_tasks)
+      plan.tile_m = 32;
+  }
   plan.workspace_bytes = std::max(fallback.workspace_bytes, aligned(winograd_memory(p, plan).end * sum_bytes(p)));
   plan.scratch_bytes = std::max(fallback.scratch_bytes, aligned(winograd_scratch(p, plan).end * sum_bytes(p)));
 }
 
 // Multiply-adds of the sum over what Winograd's tiles take of them. A value that is transformed, of x and of y or of
-// the filters, costs as much as twenty or so; the products are blind to what lies outside of the image.
+// the filters, costs as much as so many products, which are blind to what lies outside of the image.
 double winograd_saving(const Conv2dProblem& p, Direction direction) {
-  constexpr double value_cost = 20, filter_cost = 25;
-  const int64_t produced = produced_channels(p, direction), contracted = contracted_channels(p, direction);
+  const bool wgrad = direction == Direction::wgrad;
+  const double value_cost = wgrad ? 30 : 14, filter_cost = wgrad ? 18 : 5;
+  const int64_t pieces = wgrad ? wgrad_pieces(p) : 1;
+  const int64_t produced = produced_channels(p, direction), contracted = pieces * contracted_channels(p, direction);
   const Tiles tiles = make_tiles(p, direction, 1);
   const double count = double(p.N * p.groups) * double(tiles.rows * tiles.cols);
   const double products = count * double(contracted) * double(pieces_of(produced, 16) * 16);
-  const double values = count * double(contracted + produced), filters = double(p.w_elements() / 9);
+  const double values = count * double(contracted + produced);
+  const double filters = double(pieces) * double(p.w_elements() / (p.R * p.S));
   const double cost = double(tile_products) * (products + value_cost * values + filter_cost * filters);
   return cost > 0 ? double(p.multiply_adds()) / cost : 0;
 }
 
-// wgrad's sums are read and written once for each chunk of tiles, which the count leaves out.
-double enough_saving(Direction direction) { return direction == Direction::wgrad ? 1.8 : 1.2; }
+constexpr double enough_saving = 1.25;
 constexpr int64_t enough_multiply_adds = 1 << 22, most_filter_bytes = 1 << 27;
 
-int64_t winograd_filter_bytes(const Conv2dProblem& p) { return tile_products * (p.w_elements() / 9) * sum_bytes(p); }
+int64_t winograd_filter_bytes(const Conv2dProblem& p) {
+  return tile_products * (p.w_elements() / (p.R * p.S)) * sum_bytes(p);
+}
 
 bool winograd_wins(const Conv2dProblem& p, Direction direction) {
   return fits_winograd(p) && p.dtype != DType::float64 && p.multiply_adds() >= enough_multiply_adds &&
-         winograd_filter_bytes(p) <= most_filter_bytes && winograd_saving(p, direction) >= enough_saving(direction);
+         winograd_filter_bytes(p) <= most_filter_bytes && winograd_saving(p, direction) >= enough_saving;
 }
 
 // In the order of winograd_wins.
@@ -209,11 +224,12 @@ std::string why_not_winograd(const Conv2dProblem& p, const std::string& saving) 
 }
 
 void explain_winograd(const Conv2dProblem& p, Direction direction, bool taken, Reasons* reasons) {
-  char saving[16];
-  snprintf(saving, sizeof saving, "%.2f", winograd_saving(p, direction));
+  char saving[16] = "";
+  if (fits_winograd(p)) snprintf(saving, sizeof saving, "%.2f", winograd_saving(p, direction));
   reasons->push_back({Algo::winograd, taken,
-                      taken ? std::string("36 products for 16 outputs, not 144: with its transforms, a factor of ") +
-                                  saving + " less work"
+                      taken ? "36 products for " +
+                                  (p.R == 3 ? std::string("16 outputs, not 144") : "4 outputs, not 100") +
+                                  ": with its transforms, a factor of " + saving + " less work"
                             : why_not_winograd(p, saving)});
 }
 
