@@ -174,7 +174,8 @@ FASTCONV_INLINE mask_t<T> load_offsets(const Offset* p) {
     __m128i bytes = _mm_setzero_si128();
     memcpy(&bytes, &narrow, sizeof narrow);
 #if defined(__AVX512F__)
-    return lanes<T> == 16 ? (mask_t<T>)_mm512_cvtepu8_epi32(bytes) : (mask_t<T>)_mm512_cvtepu8_epi64(bytes);
+    return lanes<T> == 16 ? (mask_t<T>)_mm512_maskz_cvtepu8_epi32(0xffff, bytes)
+                          : (mask_t<T>)_mm512_maskz_cvtepu8_epi64(0xff, bytes);
 #elif defined(__AVX2__)
     return lanes<T> == 8 ? (mask_t<T>)_mm256_cvtepu8_epi32(bytes) : (mask_t<T>)_mm256_cvtepu8_epi64(bytes);
 #else
@@ -191,7 +192,8 @@ FASTCONV_INLINE void store_offsets(Offset* p, mask_t<T> v) {
 #if defined(__SSE2__)
   if constexpr (sizeof(Offset) == 1) {
 #if defined(__AVX512F__)
-    const __m128i bytes = lanes<T> == 16 ? _mm512_cvtepi32_epi8((__m512i)v) : _mm512_cvtepi64_epi8((__m512i)v);
+    const __m128i bytes =
+        lanes<T> == 16 ? _mm512_maskz_cvtepi32_epi8(0xffff, (__m512i)v) : _mm512_maskz_cvtepi64_epi8(0xff, (__m512i)v);
 #elif defined(__AVX2__)
     const __m256i even_ints = _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6);
     const __m256i ints = lanes<T> == 8 ? (__m256i)v : _mm256_permutevar8x32_epi32((__m256i)v, even_ints);
