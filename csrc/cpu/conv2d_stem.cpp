@@ -1,4 +1,5 @@
 // Convolutions of images with few channels, a network's first: im2col's sums, from windows that are read in place.
+#include "conv2d_stem_dgrad.h"
 #include "conv2d_stem_fprop.h"
 
 namespace fastconv::cpu {
@@ -13,11 +14,19 @@ void fprop(const Conv2dProblem& problem, const Conv2dPlan& plan, const void* x, 
   });
 }
 
+void dgrad(const Conv2dProblem& problem, const Conv2dPlan& plan, const void* dy, const void* w, void* dx,
+           void* workspace, void* scratch, const Parallel& parallel) {
+  dispatch(problem.dtype, [&](auto element) {
+    using T = decltype(element);
+    stem_dgrad(problem, plan, (const T*)dy, (const T*)w, (T*)dx, (acc_t<T>*)workspace, (char*)scratch, parallel);
+  });
+}
+
 }  // namespace
 
 namespace FASTCONV_ISA {
 extern const Conv2dKernels conv2d_stem;
-const Conv2dKernels conv2d_stem = {fprop, nullptr, nullptr};
+const Conv2dKernels conv2d_stem = {fprop, dgrad, nullptr};
 }  // namespace FASTCONV_ISA
 
 }  // namespace fastconv::cpu
