@@ -47,6 +47,8 @@ void dgrad(const Conv2dProblem& problem, const Conv2dPlan& plan, const void* dy,
 
 void wgrad(const Conv2dProblem& problem, const Conv2dPlan& plan, const void* dy, const void* x, void* dw, void* db,
            void* workspace, void* scratch, const Parallel& parallel) {
+  if (is_stem(problem, plan.direction))
+    return FASTCONV_ISA::conv2d_stem.wgrad(problem, plan, dy, x, dw, db, workspace, scratch, parallel);
   dispatch(problem.dtype, [&](auto element) {
     using T = decltype(element);
     const WgradOut<T> out{(T*)dw, (T*)db, plan.split > 1 ? (acc_t<T>*)workspace : nullptr, problem.w_elements(),

@@ -96,5 +96,19 @@ inline StemDgradScratch stem_dgrad_scratch(const Conv2dProblem& p) {
   return s;
 }
 
+// wgrad's: the stage, a panel of dy, the sums of tile_n filters.
+struct StemWgradScratch {
+  int64_t dy, c, bias_sums, end;
+};
+inline StemWgradScratch stem_wgrad_scratch(const Conv2dProblem& p, const Conv2dPlan& plan) {
+  const StemBlock b = stem_block(p, plan.tile_k);
+  StemWgradScratch s{};
+  s.dy = pieces_of(b.stage_rows * b.stage_row + slack, 16) * 16;
+  s.c = s.dy + b.rows * b.cols * max_panel_cols;
+  s.bias_sums = s.c + whole_panels(plan.tile_n) * stem_depth(p);
+  s.end = s.bias_sums + whole_panels(plan.tile_n) + slack;
+  return s;
+}
+
 }  // namespace
 }  // namespace fastconv::cpu
