@@ -25,7 +25,7 @@ namespace {
 
 void fprop(const Conv2dProblem& problem, const Conv2dPlan& plan, const void* x, const void* w, const void* bias,
            void* y, void* workspace, void* scratch, const Parallel& parallel) {
-  if (is_stem(problem))
+  if (is_stem(problem, plan.direction))
     return FASTCONV_ISA::conv2d_stem.fprop(problem, plan, x, w, bias, y, workspace, scratch, parallel);
   dispatch(problem.dtype, [&](auto element) {
     using T = decltype(element);
@@ -36,6 +36,8 @@ void fprop(const Conv2dProblem& problem, const Conv2dPlan& plan, const void* x, 
 
 void dgrad(const Conv2dProblem& problem, const Conv2dPlan& plan, const void* dy, const void* w, void* dx,
            void* workspace, void* scratch, const Parallel& parallel) {
+  if (is_stem(problem, plan.direction))
+    return FASTCONV_ISA::conv2d_stem.dgrad(problem, plan, dy, w, dx, workspace, scratch, parallel);
   dispatch(problem.dtype, [&](auto element) {
     using T = decltype(element);
     const auto run = along_pixels(problem, plan.direction) ? dgrad_pixels<T> : dgrad_channels<T>;
@@ -45,6 +47,8 @@ void dgrad(const Conv2dProblem& problem, const Conv2dPlan& plan, const void* dy,
 
 void wgrad(const Conv2dProblem& problem, const Conv2dPlan& plan, const void* dy, const void* x, void* dw, void* db,
            void* workspace, void* scratch, const Parallel& parallel) {
+  if (is_stem(problem, plan.direction))
+    return FASTCONV_ISA::conv2d_stem.wgrad(problem, plan, dy, x, dw, db, workspace, scratch, parallel);
   dispatch(problem.dtype, [&](auto element) {
     using T = decltype(element);
     const WgradOut<T> out{(T*)dw, (T*)db, plan.split > 1 ? (acc_t<T>*)workspace : nullptr, problem.w_elements(),

@@ -1,5 +1,7 @@
 // Convolutions of images with few channels, a network's first: im2col's sums, from windows that are read in place.
+#include "conv2d_stem_dgrad.h"
 #include "conv2d_stem_fprop.h"
+#include "conv2d_stem_wgrad.h"
 
 namespace fastconv::cpu {
 namespace {
@@ -13,11 +15,30 @@ void fprop(const Conv2dProblem& problem, const Conv2dPlan& plan, const void* x, 
   });
 }
 
+void dgrad(const Conv2dProblem& problem, const Conv2dPlan& plan, const void* dy, const void* w, void* dx,
+           void* workspace, void* scratch, const Parallel& parallel) {
+  dispatch(problem.dtype, [&](auto element) {
+    using T = decltype(element);
+    stem_dgrad(problem, plan, (const T*)dy, (const T*)w, (T*)dx, (acc_t<T>*)workspace, (char*)scratch, parallel);
+  });
+}
+
+void wgrad(const Conv2dProblem& problem, const Conv2dPlan& plan, const void* dy, const void* x, void* dw, void* db,
+           void* workspace, void* scratch, const Parallel& parallel) {
+  dispatch(problem.dtype, [&](auto element) {
+    using T = decltype(element);
+    const WgradOut<T> out{(T*)dw, (T*)db, plan.split > 1 ? (acc_t<T>*)workspace : nullptr, problem.w_elements(),
+                          problem.K};
+    stem_wgrad(problem, plan, (const T*)dy, (const T*)x, out, (char*)scratch, parallel);
+    if (plan.split > 1) add_pieces(out, plan.split, parallel);
+  });
+}
+
 }  // namespace
 
 namespace FASTCONV_ISA {
 extern const Conv2dKernels conv2d_stem;
-const Conv2dKernels conv2d_stem = {fprop, nullptr, nullptr};
+const Conv2dKernels conv2d_stem = {fprop, dgrad, wgrad};
 }  // namespace FASTCONV_ISA
 
 }  // namespace fastconv::cpu

@@ -29,9 +29,6 @@ struct StemRow {
   bool relu;
 };
 
-// Unrolled before the compiler decides what lives in registers: otherwise all the sums take a way by the stack.
-#define FASTCONV_UNROLL _Pragma("GCC unroll 16")
-
 template <typename E, int Pixels, int Vectors>
 void stem_tile(const StemRow<E>& row, int64_t pixel) {
   vec_t<E> sums[Pixels][Vectors];

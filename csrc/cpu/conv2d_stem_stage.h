@@ -8,6 +8,10 @@
 namespace fastconv::cpu {
 namespace {
 
+// For loops over registers: unrolled before the compiler decides what lives there, otherwise all the sums take a way by
+// the stack.
+#define FASTCONV_UNROLL _Pragma("GCC unroll 16")
+
 // out[row][(col, channel)] for the given rows and columns of image n, whose positions may lie outside of it.
 template <typename T>
 void stage_rows(const Conv2dProblem& p, const T* x, int64_t n, int64_t row0, int64_t rows, int64_t col0, int64_t cols,

@@ -136,13 +136,32 @@ void plan_wgrad(const Conv2dProblem& p, Conv2dPlan& plan) {
 
 void plan_stem(const Conv2dProblem& p, Conv2dPlan& plan) {
   plan.kernel = pick(plan.direction, "conv2d_stem_fprop", "conv2d_stem_dgrad", "conv2d_stem_wgrad");
+  if (plan.direction == Direction::dgrad) {
+    const StemStrips strips = stem_strips(p);
+    plan.tile_m = int(stem_depth(p));
+    plan.tile_n = int(strips.dy_rows * p.Q);
+    plan.tile_k = int(strips.depth);
+    plan.workspace_bytes = p.w_elements() * sum_bytes(p);
+    plan.scratch_bytes = aligned(stem_dgrad_scratch(p).end * sum_bytes(p));
+    return;
+  }
+  if (plan.direction == Direction::wgrad) {
+    plan.tile_m = int(stem_depth(p));
+    plan.tile_n = int(p.K <= 128 ? p.K : whole_panels(balanced(p.K, 128)));
+    plan.tile_k = 1024;
+    const int64_t k_blocks = pieces_of(p.K, plan.tile_n);
+    plan.split = int(std::clamp<int64_t>(enough_tasks / k_blocks, 1, std::max<int64_t>(p.N * p.P, 1)));
+    if (plan.split > 1) plan.workspace_bytes = plan.split * (p.w_elements() + p.K) * sum_bytes(p);
+    plan.scratch_bytes = aligned(stem_wgrad_scratch(p, plan).end * sum_bytes(p));
+    return;
+  }
   plan.tile_n = 1024;  // pixels a task
   plan.workspace_bytes = stem_filter_elements(p) * sum_bytes(p);
   plan.scratch_bytes = aligned(stem_fprop_scratch(p, plan).end * sum_bytes(p));
 }
 
 void plan_im2col(const Conv2dProblem& p, Conv2dPlan& plan) {
-  if (is_stem(p) && plan.direction == Direction::fprop) return plan_stem(p, plan);
+  if (is_stem(p, plan.direction)) return plan_stem(p, plan);
   plan.kernel = pick(plan.direction, "conv2d_im2col_fprop", "conv2d_im2col_dgrad", "conv2d_im2col_wgrad");
   if (plan.direction == Direction::wgrad)
     plan_wgrad(p, plan);
