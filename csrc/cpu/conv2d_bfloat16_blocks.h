@@ -85,7 +85,7 @@ inline Bfloat16Scratch bfloat16_wgrad_scratch(const Conv2dProblem& p, const Conv
   const int64_t depth = whole_panels(block_patch(p, plan).depth()), pixels = even(plan.tile_k);
   const int64_t filters = whole_panels(block_filters(p, plan));
   s.a_row = depth + spill;
-  s.rows = lines_of(filters * pixels * 2);                   // A: dy
+  s.rows = lines_of((2 * filters + spill) * pixels);         // A: dy
   s.b = s.rows + lines_of((staged_rows + 1) * s.a_row * 2);  // rows: patches
   s.c = s.b + lines_of(depth * pixels * 2);
   s.end = s.c + lines_of(filters * (depth + 1) * 4);

@@ -63,7 +63,8 @@ inline void wgrad_bfloat16(const Conv2dProblem& pr, const Conv2dPlan& plan, cons
     const int64_t piece = task / k_blocks / tap_blocks / c_blocks / pr.groups;
     const int64_t k_count = min_of(tile_filters, kg - k0), c_count = min_of(block.channels, cg - c0);
     const int64_t tap_count = min_of(block.taps, taps - tap0), depth = c_count * tap_count;
-    const int64_t panels = ceil_div(depth, pair_cols), c_row = panels * pair_cols, a_pair = 2 * whole_panels(k_count);
+    const int64_t panels = ceil_div(depth, pair_cols), c_row = panels * pair_cols,
+                  a_pair = 2 * whole_panels(k_count) + spill;
     char* memory = scratch + worker * plan.scratch_bytes;
     auto *a = reinterpret_cast<bfloat16_t*>(memory), *rows = reinterpret_cast<bfloat16_t*>(memory + layout.rows);
     auto* b = reinterpret_cast<bfloat16_t*>(memory + layout.b);
@@ -84,7 +85,9 @@ inline void wgrad_bfloat16(const Conv2dProblem& pr, const Conv2dPlan& plan, cons
                           b + panel * b_panel + (at + i) * pair_cols);
           }
       }
-      multiply_pairs(k_count, panels, pairs, a, 2, a_pair, b, b_panel, c, c_row, true);
+      multiply_pairs(
+          k_count, panels, pairs, a, 2, a_pair, b, b_panel, c, c_row, true, [](int64_t, int64_t) {},
+          [](int64_t, int64_t) {});
     }
     const int64_t filter = group * kg + k0;
     out.with_piece(piece, [&](auto* dw, auto* db) {
