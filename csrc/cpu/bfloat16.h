@@ -61,8 +61,12 @@ FASTCONV_INLINE void transpose_half(const bfloat16_t* in, int64_t in_pitch, int6
     v[i] = interleave<Half>(even_row, odd_row);
   }
   transpose_pairs(v);
-  for (int i = 0; i < 16; ++i)
-    if (16 * Half + i < width) _mm512_mask_storeu_epi16(out + (16 * Half + i) * out_pitch, rows, v[i]);
+  // A store under a mask takes longer than a whole one.
+  for (int i = 0; i < min_of<int64_t>(16, width - 16 * Half); ++i)
+    if (height == 32)
+      store_pairs(out + (16 * Half + i) * out_pitch, v[i]);
+    else
+      _mm512_mask_storeu_epi16(out + (16 * Half + i) * out_pitch, rows, v[i]);
 }
 
 // out[col][row] = in[row][col]
@@ -101,14 +105,20 @@ inline void pack_transposed_panel(const bfloat16_t* in, int64_t in_pitch, int64_
 
 constexpr int pair_rows = 12;  // × 2 registers of sums: 24 chains for 2 loads and 12 broadcasts
 
+// The loops over rows are unrolled early, so that rows and sums never are arrays in memory.
 template <int Rows>
 void multiply_pairs_tile(int64_t pairs, const bfloat16_t* a, int64_t a_row, int64_t a_pair, const bfloat16_t* b,
                          float* c, int64_t c_row, bool add) {
   const bfloat16_t* rows[(Rows + 2) / 3];
-  for (int i = 0; i < Rows; i += 3) rows[i / 3] = a + i * a_row;
-  __m512 sums[Rows][2] = {};
+  __m512 sums[Rows][2];
+#pragma GCC unroll 16
+  for (int i = 0; i < Rows; ++i) {
+    if (i % 3 == 0) rows[i / 3] = a + i * a_row;
+    sums[i][0] = sums[i][1] = _mm512_setzero_ps();
+  }
   for (int64_t t = 0, at = 0; t < pairs; ++t, at += a_pair, b += 2 * pair_cols) {
     const __m512bh left = (__m512bh)_mm512_loadu_si512(b), right = (__m512bh)_mm512_loadu_si512(b + 32);
+#pragma GCC unroll 16
     for (int i = 0; i < Rows; ++i) {
       int bits;
       memcpy(&bits, rows[i / 3] + at + i % 3 * a_row, 4);
@@ -117,29 +127,40 @@ void multiply_pairs_tile(int64_t pairs, const bfloat16_t* a, int64_t a_row, int6
       sums[i][1] = _mm512_dpbf16_ps(sums[i][1], value, right);
     }
   }
+#pragma GCC unroll 16
   for (int i = 0; i < Rows; ++i, c += c_row) {
-    _mm512_storeu_ps(c, add ? _mm512_loadu_ps(c) + sums[i][0] : sums[i][0]);
-    _mm512_storeu_ps(c + 16, add ? _mm512_loadu_ps(c + 16) + sums[i][1] : sums[i][1]);
+    if (add) {
+      sums[i][0] += _mm512_loadu_ps(c);
+      sums[i][1] += _mm512_loadu_ps(c + 16);
+    }
+    _mm512_storeu_ps(c, sums[i][0]);
+    _mm512_storeu_ps(c + 16, sums[i][1]);
   }
 }
 
 template <int Rows>
-FASTCONV_INLINE void multiply_pairs_rows(int64_t rows, int64_t pairs, const bfloat16_t* a, int64_t a_row,
-                                         int64_t a_pair, const bfloat16_t* b, float* c, int64_t c_row, bool add) {
+void multiply_pairs_rows(int64_t rows, int64_t pairs, const bfloat16_t* a, int64_t a_row, int64_t a_pair,
+                         const bfloat16_t* b, float* c, int64_t c_row, bool add) {
   if constexpr (Rows > 1)
     if (rows < Rows) return multiply_pairs_rows<Rows - 1>(rows, pairs, a, a_row, a_pair, b, c, c_row, add);
   multiply_pairs_tile<Rows>(pairs, a, a_row, a_pair, b, c, c_row, add);
 }
 
-// Panels outside, rows inside: the panel stays in L1 while A comes from L2.
-inline void multiply_pairs(int64_t rows, int64_t panels, int64_t pairs, const bfloat16_t* a, int64_t a_row,
-                           int64_t a_pair, const bfloat16_t* b, int64_t b_panel, float* c, int64_t c_row, bool add) {
+// Rows outside, panels inside: the rows of A stay in L1 while panels stream from L2. begin(i, end) and done(i, end) are
+// called before and after the panels of rows i … end−1.
+template <typename Begin, typename Done>
+FASTCONV_INLINE void multiply_pairs(int64_t rows, int64_t panels, int64_t pairs, const bfloat16_t* a, int64_t a_row,
+                                    int64_t a_pair, const bfloat16_t* b, int64_t b_panel, float* c, int64_t c_row,
+                                    bool add, const Begin& begin, const Done& done) {
   const int64_t tiles = ceil_div(rows, pair_rows);
-  for (int64_t panel = 0; panel < panels; ++panel, b += b_panel, c += pair_cols)
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      const int64_t i = tile * rows / tiles, end = (tile + 1) * rows / tiles;
-      multiply_pairs_rows<pair_rows>(end - i, pairs, a + i * a_row, a_row, a_pair, b, c + i * c_row, c_row, add);
-    }
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const int64_t i = tile * rows / tiles, end = (tile + 1) * rows / tiles;
+    begin(i, end);
+    for (int64_t panel = 0; panel < panels; ++panel)
+      multiply_pairs_rows<pair_rows>(end - i, pairs, a + i * a_row, a_row, a_pair, b + panel * b_panel,
+                                     c + i * c_row + panel * pair_cols, c_row, add);
+    done(i, end);
+  }
 }
 
 }  // namespace

@@ -30,8 +30,25 @@ FASTCONV_INLINE void write_channels(const float* c, int64_t count, const bfloat1
     vec_t<float> v = load(c + m);
     if (bias) v += load_first(bias + m, left);
     if (with_relu) v = relu(v);
-    store_first(out + m, v, left);
+    if (left == lanes<float>)
+      store(out + m, v);
+    else
+      store_first(out + m, v, left);
   }
+}
+
+// out[pixel − pixel0][t] = planes[n][t][pixel], and a zero where there is an odd number of channels.
+inline void pack_planes(const Bfloat16Patches& p, const bfloat16_t* planes, int64_t pixel0, int64_t count,
+                        int64_t channels, bfloat16_t* out, int64_t out_row) {
+  const int64_t plane = p.rows.source * p.cols.source;
+  for (int64_t pixel = pixel0; pixel < pixel0 + count;) {
+    const int64_t n = pixel / plane, length = min_of(pixel0 + count - pixel, plane - pixel % plane);
+    transpose_bfloat16(planes + n * p.pitch * plane + pixel % plane, plane, channels, length,
+                       out + (pixel - pixel0) * out_row, out_row);
+    pixel += length;
+  }
+  if (channels % 2)
+    for (int64_t i = 0; i < count; ++i) out[i * out_row + channels] = {0};
 }
 
 template <typename GatherOf>
@@ -60,50 +77,58 @@ void gather_bfloat16(const Conv2dProblem& pr, const Conv2dPlan& plan, const Gath
     auto *packed = reinterpret_cast<bfloat16_t*>(memory), *rows = reinterpret_cast<bfloat16_t*>(memory + layout.rows);
     float* c = reinterpret_cast<float*>(memory + layout.c);
     const int64_t c_row = panels * pair_cols;
-    if (g.depth == 0) memset(c, 0, sizeof(float) * count * c_row);
-    const bool pointwise = is_pointwise(p.rows, p.cols);
-    for (int64_t t0 = 0; t0 < g.depth; t0 += depth_step) {
-      const int64_t t1 = min_of(g.depth, t0 + depth_step);
-      const bfloat16_t* a = packed;
-      int64_t a_row = layout.a_row;
-      if (pointwise && !planes && channels % 2 == 0) {
-        a_row = p.pitch;
-        a = p.source + pixel0 * a_row + group * channels + t0;
-      } else if (pointwise && planes) {
-        const int64_t plane = p.rows.source * p.cols.source;
-        for (int64_t at = 0; at < count;) {
-          const int64_t n = (pixel0 + at) / plane, pixel = (pixel0 + at) % plane;
-          const int64_t length = min_of(count - at, plane - pixel);
-          transpose_bfloat16(planes + (n * p.pitch + group * channels + t0) * plane + pixel, plane, t1 - t0, length,
-                             packed + at * a_row, a_row);
-          at += length;
-        }
-        if ((t1 - t0) % 2)
-          for (int64_t i = 0; i < count; ++i) packed[i * a_row + t1 - t0] = {0};
-      } else {
-        pack_patch_rows(p, group * channels, channels, 0, pixel0, count, t0, t1, packed, a_row);
-      }
-      multiply_pairs(count, panels, even(t1 - t0) / 2, a, a_row, 2, g.panel(group, m0 / pair_cols) + t0 * pair_cols,
-                     even(g.depth) * pair_cols, c, c_row, t0 > 0);
-    }
+    const Axis &h = p.rows, &w = p.cols;
     const int64_t channel = group * produced + m0;
     const bfloat16_t* b = bias ? bias + channel : nullptr;
-    const Axis &h = p.rows, &w = p.cols;
     const auto place = [&](int64_t pixel) {  // in a plane of out
       return (h.out_first + pixel / w.outputs % h.outputs * h.out_step) * out_width + w.out_first +
              pixel % w.outputs * w.out_step;
     };
-    if (pr.layout == Layout::NHWC) {
-      for (int64_t pixel = pixel0; pixel < pixel0 + count; ++pixel, c += c_row) {
-        const int64_t n = pixel / w.outputs / h.outputs;
-        write_channels(c, m_count, b, pr.relu, out + (n * out_plane + place(pixel)) * pr.groups * produced + channel);
-      }
-      return;
-    }
-    // NCHW: rows of C become rows of bfloat16, at twice the pitch; then runs of pixels are transposed.
+    const bool dense = h.out_step == 1 && w.out_step == 1, nchw = pr.layout == Layout::NCHW;
     auto* values = reinterpret_cast<bfloat16_t*>(c);
-    for (int64_t i = 0; i < count; ++i) write_channels(c + i * c_row, m_count, b, pr.relu, values + i * 2 * c_row);
-    const bool dense = h.out_step == 1 && w.out_step == 1;
+    // Rows of C become bfloat16 while they are in L1; NCHW: where they are, at twice the pitch.
+    const auto row_of_out = [&](int64_t i) {
+      const int64_t pixel = pixel0 + i;
+      const int64_t at = dense ? pixel : pixel / w.outputs / h.outputs * out_plane + place(pixel);
+      return nchw ? values + i * 2 * c_row : out + at * pr.groups * produced + channel;
+    };
+    const auto write = [&](int64_t i, int64_t end) {
+      for (; i < end; ++i) write_channels(c + i * c_row, m_count, b, pr.relu, row_of_out(i));
+    };
+    // Lines from memory are asked for while there are products to compute.
+    const auto prefetch_out = [&](int64_t i, int64_t end) {
+      for (; i < end && !nchw; ++i) {
+        const auto* line = reinterpret_cast<const char*>(row_of_out(i));
+        for (int64_t byte = 0; byte < m_count * 2; byte += 64) __builtin_prefetch(line + byte, 1);
+      }
+    };
+    const bool pointwise = is_pointwise(h, w), in_place = pointwise && !planes && channels % 2 == 0;
+    int64_t t0 = 0;
+    do {
+      const int64_t t1 = min_of(g.depth, t0 + depth_step);
+      const bfloat16_t* a = packed;
+      int64_t a_row = layout.a_row;
+      if (in_place) {
+        a_row = p.pitch;
+        a = p.source + pixel0 * a_row + group * channels + t0;
+      } else if (pointwise && planes) {
+        pack_planes(p, planes + (group * channels + t0) * h.source * w.source, pixel0, count, t1 - t0, packed, a_row);
+      } else {
+        pack_patch_rows(p, group * channels, channels, 0, pixel0, count, t0, t1, packed, a_row);
+      }
+      const auto prefetch = [&](int64_t i, int64_t end) {
+        for (int64_t next = end; in_place && next < min_of(count, 2 * end - i); ++next)
+          for (int64_t t = 0; t < t1 - t0; t += 32) __builtin_prefetch(a + next * a_row + t);
+        if (t1 == g.depth) prefetch_out(i, end);
+      };
+      const auto finish = [&](int64_t i, int64_t end) {
+        if (t1 == g.depth) write(i, end);
+      };
+      multiply_pairs(count, panels, even(t1 - t0) / 2, a, a_row, 2, g.panel(group, m0 / pair_cols) + t0 * pair_cols,
+                     even(g.depth) * pair_cols, c, c_row, t0 > 0, prefetch, finish);
+      t0 = t1;
+    } while (t0 < g.depth);
+    if (!nchw) return;
     const int64_t image = h.outputs * w.outputs;
     for (int64_t at = 0; at < count;) {
       const int64_t n = (pixel0 + at) / image, length = min_of(count - at, image - (pixel0 + at) % image);
