@@ -25,9 +25,10 @@ enum class Algo : uint8_t {
   implicit_gemm,
   depthwise,
   mma,
-  winograd
+  winograd,
+  grouped
 };
-constexpr int num_algos = 10;
+constexpr int num_algos = 11;
 
 // Where it will run. A CPU plan does not depend on the number of threads, nor on the instruction set.
 struct Target {

@@ -81,6 +81,7 @@ def test_every_instruction_set_gives_right_results(isas, isa, dtype):
     for layout in ("contiguous", "channels_last"):
         for algo in fastconv.algorithms():
             cases = {"depthwise": (depthwise,), "winograd": test_conv2d.MEDIUM_CASES[:1]}
+            cases["grouped"] = (depthwise, test_conv2d.CASES[5], test_conv2d.CASES[11])
             for case in cases.get(algo, (depthwise, *dense)):
                 test_conv2d.check(CPU, case, dtype, layout, algo)
         for size in ((3, 35, 7, 9), (2, 3, 21, 17)):

@@ -229,7 +229,9 @@ def test_every_value_of_low_precision(backend, dtype):
     check_every_value(backend, dtype)
 
 
-@pytest.mark.parametrize("algo", ["direct_naive", "direct", "im2col", *IMPLICIT, "depthwise", "mma", "winograd"])
+@pytest.mark.parametrize(
+    "algo", ["direct_naive", "direct", "im2col", *IMPLICIT, "depthwise", "grouped", "mma", "winograd"]
+)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_algorithms(backend, case, layout, algo):
@@ -257,7 +259,7 @@ def test_every_algorithm_is_tested(backend):
     check(backend, CASES[0], torch.float32)
 
 
-@pytest.mark.parametrize("algo", [None, "direct", "im2col", "implicit_gemm", "depthwise"])
+@pytest.mark.parametrize("algo", [None, "direct", "im2col", "implicit_gemm", "depthwise", "grouped"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("case", MEDIUM_CASES, ids=str)
 def test_medium(backend, case, layout, algo):
@@ -280,7 +282,7 @@ def test_large(native_backend, case, layout):
     check(native_backend, case, torch.float32, layout)
 
 
-@pytest.mark.parametrize("algo", ["direct", "im2col", "depthwise"])
+@pytest.mark.parametrize("algo", ["direct", "im2col", "depthwise", "grouped"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", LARGE_CASES, ids=str)
 def test_large_by_algorithm(native_backend, case, dtype, algo):
@@ -288,7 +290,7 @@ def test_large_by_algorithm(native_backend, case, dtype, algo):
     check(native_backend, case, dtype, "channels_last", algo)
 
 
-@pytest.mark.parametrize("algo", ["direct_naive", "direct", "im2col", *IMPLICIT, "depthwise"])
+@pytest.mark.parametrize("algo", ["direct_naive", "direct", "im2col", *IMPLICIT, "depthwise", "grouped"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("case", CASES[:8] + CASES[11:14] + CASES[25:], ids=str)
 def test_relu_by_algorithm(backend, case, layout, algo):
@@ -315,7 +317,7 @@ def test_relu_keeps_nan_and_the_sign_of_zero(backend, layout):
         w = w.reshape(case)
         groups = 17 // case[1]
         for algo in backend.algorithms:
-            if algo in ("mma", "winograd") or (algo == "depthwise") != (groups == 17):
+            if algo in ("mma", "winograd") or (algo in ("depthwise", "grouped")) != (groups == 17):
                 continue
             for x in (zeros, nan):
                 x = backend.put(lay_out(x, layout))

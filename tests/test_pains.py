@@ -56,7 +56,7 @@ def test_117736_152816_offsets_beyond_2_31_in_convolutions(backend, layout):
     if backend.device != "cpu":
         x = backend.put(x)
     for algo in (None, *backend.algorithms):
-        groups = 2 if algo == "depthwise" else 1
+        groups = 2 if algo in ("depthwise", "grouped") else 1
         w, dy = torch.randn(2, 2 // groups, 1, 1).half(), torch.randn(1, 2, 5, 5).half()
         expected = conv2d_reference(touched, w, None, dy, 1, 0, 1, groups)
         leaf, upstream = backend.put(w).requires_grad_(), backend.put(dy)

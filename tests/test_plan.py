@@ -92,6 +92,7 @@ def test_every_algorithm_can_be_asked_for_or_says_why_not():
                 assert algo in str(error) and len(str(error)) > len(algo) + 10
                 assert (
                     (algo == "depthwise" and name != "depthwise")
+                    or (algo == "grouped" and name not in ("grouped", "depthwise"))
                     or (algo == "winograd" and name not in ("dense", "deep", "empty"))
                     or (arch == "sm_75" and algo in NEEDS_SM_80)
                 )
@@ -122,7 +123,7 @@ def test_problems_without_elements_have_plans(layout):
 
 def test_algorithms():
     assert fastconv.algorithms() == fastconv.algorithms("cpu") == fastconv.algorithms(torch.device("cpu"))
-    assert set(fastconv.algorithms()) >= {"direct", "im2col", "depthwise", "winograd"}
+    assert set(fastconv.algorithms()) >= {"direct", "im2col", "depthwise", "grouped", "winograd"}
     assert fastconv.algorithms("cuda")[0] == "direct_naive"
     assert fastconv.algorithms("cuda:1") == fastconv.algorithms("cuda")
 

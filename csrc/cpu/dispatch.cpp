@@ -11,6 +11,7 @@ namespace fastconv::cpu {
   extern const Conv2dKernels conv2d_direct;                     \
   extern const Conv2dKernels conv2d_im2col;                     \
   extern const Conv2dKernels conv2d_depthwise;                  \
+  extern const Conv2dKernels conv2d_grouped;                    \
   extern const Conv2dKernels conv2d_winograd;                   \
   extern const MaxPool2dKernels max_pool2d;                     \
   extern const AvgPool2dKernels avg_pool2d;                     \
@@ -21,6 +22,7 @@ namespace fastconv::cpu {
                                         &isa::conv2d_direct,    \
                                         &isa::conv2d_im2col,    \
                                         &isa::conv2d_depthwise, \
+                                        &isa::conv2d_grouped,   \
                                         &isa::conv2d_winograd,  \
                                         &isa::max_pool2d,       \
                                         &isa::avg_pool2d,       \
@@ -69,6 +71,7 @@ const Conv2dKernels& conv2d_kernels(Algo algo) {
   switch (algo) {
     case Algo::im2col: return *kernels().im2col;
     case Algo::depthwise: return *kernels().depthwise;
+    case Algo::grouped: return *kernels().grouped;
     case Algo::winograd: return *kernels().winograd;
     default: return *kernels().direct;
   }

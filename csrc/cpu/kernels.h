@@ -87,6 +87,7 @@ struct Kernels {
   const Conv2dKernels* direct;
   const Conv2dKernels* im2col;
   const Conv2dKernels* depthwise;
+  const Conv2dKernels* grouped;
   const Conv2dKernels* winograd;
   const MaxPool2dKernels* max_pool2d;
   const AvgPool2dKernels* avg_pool2d;

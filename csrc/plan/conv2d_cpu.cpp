@@ -7,6 +7,7 @@
 #include <stdexcept>
 
 #include "../cpu/conv2d_bfloat16_blocks.h"
+#include "../cpu/conv2d_grouped_blocks.h"
 #include "../cpu/conv2d_stem_blocks.h"
 #include "../cpu/conv2d_winograd_blocks.h"
 #include "../plan.h"
@@ -36,6 +37,7 @@ std::string rejection(const Conv2dProblem& p, Algo algo) {
       return "winograd needs 3×3 or 5×5 filters, here " + std::to_string(p.R) + "×" + std::to_string(p.S);
     return "winograd needs stride 1 and dilation 1";
   }
+  if (algo == Algo::grouped && p.groups == 1) return "grouped needs more than one group";
   if (algo != Algo::depthwise) return "";
   if (p.groups != p.C)
     return "depthwise needs groups = C, here groups = " + std::to_string(p.groups) + " and C = " + std::to_string(p.C);
@@ -78,6 +80,31 @@ void plan_depthwise(const Conv2dProblem& p, Conv2dPlan& plan) {
     elements += taps * 3;  // offsets (int64) and weights
   }
   plan.scratch_bytes = aligned(elements * sum_bytes(p));
+}
+
+// Blocks of channels × rows, which are staged in L1.
+void plan_grouped(const Conv2dProblem& p, Conv2dPlan& plan) {
+  plan.kernel = pick(plan.direction, "conv2d_grouped_fprop", "conv2d_grouped_dgrad", "conv2d_grouped_wgrad");
+  const int64_t block_lanes = most_block_lanes(p, plan.direction);
+  const int64_t blocks = std::max<int64_t>(pieces_of(block_lanes, max_lanes), 1);
+  const int64_t vectors = position_elements(p, plan.direction) / max_lanes;  // at a column
+  const int64_t weights = block_lanes * p.R * p.S * contracted_channels(p, plan.direction);
+  if (plan.direction == Direction::wgrad) {
+    const int64_t positions = std::max<int64_t>(256 / vectors, 1);
+    plan.tile_n = int(balanced(p.Q, std::min<int64_t>(positions, 32)));
+    plan.tile_m = int(balanced(p.P, std::max<int64_t>(positions / plan.tile_n, 1)));
+    const int64_t boxes = p.N * pieces_of(p.P, plan.tile_m) * pieces_of(p.Q, plan.tile_n);
+    plan.split = int(std::clamp<int64_t>(pieces_of(enough_tasks, blocks), 1, std::max<int64_t>(boxes, 1)));
+    plan.workspace_bytes = plan.split * (weights + block_lanes) * sum_bytes(p);
+  } else {
+    const Phases phases = phases_of(p, plan.direction);
+    const int64_t rows = plan.direction == Direction::dgrad ? p.H : p.P, cols = phases.largest_cols.outputs;
+    plan.tile_n = int(balanced(cols, std::max<int64_t>(128 / vectors / p.stride_w, 16)));
+    const int64_t tasks = std::max<int64_t>(p.N * blocks * pieces_of(cols, plan.tile_n), 1);
+    plan.tile_m = int(balanced(rows, std::max<int64_t>(pieces_of(rows, pieces_of(enough_tasks, tasks)), 4)));
+    plan.workspace_bytes = aligned(weights * sum_bytes(p)) + (phases.rows + phases.cols) * int64_t(sizeof(Axis));
+  }
+  plan.scratch_bytes = aligned(grouped_scratch(p, plan).end * sum_bytes(p));
 }
 
 // fprop and dgrad: blocks of pixels × channels.
@@ -252,22 +279,43 @@ void explain_winograd(const Conv2dProblem& p, Direction direction, bool taken, R
                             : why_not_winograd(p, saving)});
 }
 
+// Groups that a matrix product would leave registers idle for.
+constexpr int64_t few_channels = 32;
+bool few_a_group(const Conv2dProblem& p) {
+  return p.groups > 1 && p.channels_per_group() <= few_channels && p.filters_per_group() <= few_channels;
+}
+
+std::string why_not_grouped(const Conv2dProblem& p) {
+  if (p.groups == 1) return rejection(p, Algo::grouped);
+  return "for groups of at most " + std::to_string(few_channels) +
+         " channels and filters; with more, a product is faster";
+}
+
 // What is taken unasked. Reasons are put into words only if someone wants them.
 Algo choose(const Conv2dProblem& p, Direction direction, Reasons* reasons) {
-  const bool depthwise = p.groups == p.C && p.K == p.C, winograd = !depthwise && winograd_wins(p, direction);
-  const Algo taken = depthwise ? Algo::depthwise : winograd ? Algo::winograd : Algo::im2col;
+  const bool depthwise = p.groups == p.C && p.K == p.C, grouped = !depthwise && few_a_group(p);
+  const bool winograd = !depthwise && !grouped && winograd_wins(p, direction);
+  const Algo taken = depthwise ? Algo::depthwise : grouped ? Algo::grouped : winograd ? Algo::winograd : Algo::im2col;
   if (!reasons) return taken;
   if (depthwise) {
     reasons->push_back(
         {Algo::depthwise, true, "groups = C = K: no reuse across channels, so memory traffic is all there is"});
+    reasons->push_back({Algo::grouped, false, "depthwise is the same without a sum over channels"});
     reasons->push_back({Algo::winograd, false, "with one filter a group nothing would pay for its transforms"});
     reasons->push_back({Algo::im2col, false, "a product with one filter a group would leave most of each vector idle"});
+  } else if (grouped) {
+    reasons->push_back(
+        {Algo::grouped, true, "few channels a group: sums over taps and channels, vectors along the channels"});
+    reasons->push_back({Algo::winograd, false, "with so few filters a group nothing would pay for its transforms"});
+    reasons->push_back({Algo::im2col, false, "products with so few rows or columns would leave registers idle"});
+    reasons->push_back({Algo::depthwise, false, rejection(p, Algo::depthwise)});
   } else {
     const std::string along = along_pixels(p, direction) ? "pixels" : "channels";
     explain_winograd(p, direction, winograd, reasons);
     reasons->push_back({Algo::im2col, !winograd,
                         winograd ? "multiplies each output's patch"
                                  : "patches times filters, blocked for the caches, vectors along the " + along});
+    reasons->push_back({Algo::grouped, false, why_not_grouped(p)});
     reasons->push_back({Algo::depthwise, false, rejection(p, Algo::depthwise)});
   }
   reasons->push_back({Algo::direct, false, "its loops reuse registers less"});
@@ -295,6 +343,7 @@ Conv2dPlan plan_conv2d_cpu(const Conv2dProblem& problem, Direction direction, st
   switch (plan.algo) {
     case Algo::im2col: plan_im2col(problem, plan); break;
     case Algo::depthwise: plan_depthwise(problem, plan); break;
+    case Algo::grouped: plan_grouped(problem, plan); break;
     case Algo::winograd: plan_winograd(problem, plan); break;
     default: plan_direct(problem, plan); break;
   }

@@ -250,7 +250,8 @@ Conv2dPlan plan_conv2d_cuda(const Conv2dProblem& problem, Direction direction, c
     case Algo::implicit_gemm: plan_implicit_gemm(p, target, &plan); break;
     case Algo::depthwise: plan_depthwise(p, target, &plan); break;
     case Algo::mma: plan_mma(p, target, &plan, reasons); break;
-    case Algo::winograd: break;  // has no CUDA kernel, so parse_algo refuses it
+    case Algo::winograd:
+    case Algo::grouped: break;  // have no CUDA kernel, so parse_algo refuses them
   }
   if (target.sm != 90) plan.predicted_us = 0;  // the models are of an H200
   return plan;

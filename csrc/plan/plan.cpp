@@ -22,7 +22,7 @@ std::vector<Algo> algorithms(bool cuda) {
             Algo::implicit_gemm,
             Algo::depthwise,
             Algo::mma};
-  return {Algo::direct, Algo::im2col, Algo::depthwise, Algo::winograd};
+  return {Algo::direct, Algo::im2col, Algo::depthwise, Algo::grouped, Algo::winograd};
 }
 
 const char* name(Algo algo) {
@@ -37,6 +37,7 @@ const char* name(Algo algo) {
     case Algo::depthwise: return "depthwise";
     case Algo::mma: return "mma";
     case Algo::winograd: return "winograd";
+    case Algo::grouped: return "grouped";
   }
   return "";
 }

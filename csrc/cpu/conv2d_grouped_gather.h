@@ -1,0 +1,213 @@
+// fprop and dgrad of grouped convolution, on staged rows:
+//
+//   out[position][lane] = bias[lane] + Σ_{tap, channel} weights[tap][channel][lane] · source[position + tap][channel]
+//
+// where `channel` counts those of the lane's group. A task is a block of channels × some rows: each row of the source
+// is staged once, when the first output row reads it. dgrad writes its column phases between each other.
+#pragma once
+
+#include "conv2d_grouped_rows.h"
+
+namespace fastconv::cpu {
+namespace {
+
+// Taps of a row of outputs at neighbouring positions: what the first of them reads, and its weights.
+template <typename E>
+struct RowTaps {
+  const E *in, *weights;
+};
+
+// What a row of outputs sums: `count` runs of taps, whose weights are weight_step apart and those of their channels
+// channel_step; positions are in_step apart, from one output to the next and within a run.
+template <typename E>
+struct RowSum {
+  const RowTaps<E>* runs;
+  int64_t count, weight_step, channels, channel_step, in_step;
+};
+
+// Where it goes: `count` outputs, `step` elements apart, of which the first `channels` lanes are stored.
+template <typename T, typename Out>
+struct RowOut {
+  Out* data;
+  int64_t count, step, channels;
+  vec_t<T> start;
+  bool with_relu;
+};
+
+// Pixels neighbouring outputs, from output `at` on: the lanes of a position are made once for all taps of a run.
+template <typename T, int Pixels, int Taps, typename Lanes, typename Out>
+FASTCONV_INLINE void row_tile(const Lanes& lanes_of, const RowSum<acc_t<T>>& sum, int64_t at,
+                              const RowOut<T, Out>& to) {
+  vec_t<T> sums[Pixels];
+  for (int i = 0; i < Pixels; ++i) sums[i] = to.start;
+  for (int64_t run = 0; run < sum.count; ++run) {
+    const acc_t<T>* in = sum.runs[run].in + at * sum.in_step;
+    const acc_t<T>* weights = sum.runs[run].weights;
+    for (int64_t channel = 0; channel < sum.channels; ++channel, weights += sum.channel_step) {
+      vec_t<T> weight[Taps];
+      for (int tap = 0; tap < Taps; ++tap) weight[tap] = load(weights + tap * sum.weight_step);
+      for (int position = 0; position < Pixels + Taps - 1; ++position) {
+        const vec_t<T> v = lanes_of(in + position * sum.in_step, channel);
+        for (int tap = 0; tap < Taps; ++tap)
+          if (position >= tap && position - tap < Pixels) sums[position - tap] += weight[tap] * v;
+      }
+    }
+  }
+  if (to.with_relu)
+    for (int i = 0; i < Pixels; ++i) sums[i] = relu(sums[i]);
+  Out* out = to.data + at * to.step;
+  if (to.channels == lanes<T>)
+    for (int i = 0; i < Pixels; ++i) store(out + i * to.step, sums[i]);
+  else
+    for (int i = 0; i < Pixels; ++i) store_first(out + i * to.step, sums[i], to.channels);
+}
+
+template <typename T, int Taps, typename Lanes, typename Out>
+void gather_row(const Lanes& lanes_of, const RowSum<acc_t<T>>& sum, const RowOut<T, Out>& to) {
+  constexpr int64_t most = 8;
+  const int64_t width = ceil_div(to.count, ceil_div(to.count, most));
+  for (int64_t j = 0; j < to.count; j += width) {
+    const auto tile = [&](auto pixels) { row_tile<T, pixels.value, Taps>(lanes_of, sum, j, to); };
+    switch (min_of(width, to.count - j)) {
+      case 1: tile(std::integral_constant<int, 1>()); break;
+      case 2: tile(std::integral_constant<int, 2>()); break;
+      case 3: tile(std::integral_constant<int, 3>()); break;
+      case 4: tile(std::integral_constant<int, 4>()); break;
+      case 5: tile(std::integral_constant<int, 5>()); break;
+      case 6: tile(std::integral_constant<int, 6>()); break;
+      case 7: tile(std::integral_constant<int, 7>()); break;
+      case 8: tile(std::integral_constant<int, 8>()); break;
+    }
+  }
+}
+
+// weights[block][element of a filter][lane], where dgrad's filters are those of the produced channels.
+template <typename T>
+void pack_block(const Conv2dProblem& pr, Direction direction, const ChannelBlock& block, const T* w, acc_t<T>* out) {
+  const int64_t taps = pr.R * pr.S, contracted = contracted_channels(pr, direction), depth = contracted * taps;
+  if (direction == Direction::fprop) {
+    transpose(w + block.out * depth, depth, block.out_count, depth, out, lanes<T>);
+    return;
+  }
+  const Filters<T> f = filters(w, pr, direction);
+  const int64_t produced = produced_channels(pr, direction);
+  for (int64_t lane = 0; lane < block.out_count; ++lane) {
+    const int64_t channel = block.out + lane;
+    const T* from = f.data + channel / produced * f.group + channel % produced * f.m;
+    acc_t<T>* to = out + lane;
+    for (int64_t r = 0; r < pr.R; ++r)
+      for (int64_t s = 0; s < pr.S; ++s)
+        for (int64_t k = 0; k < contracted; ++k, to += lanes<T>) *to = to_acc(from[k * f.channel + r * f.r + s * f.s]);
+  }
+}
+
+template <typename T, template <typename> class Lanes>
+void gather_grouped(const Conv2dProblem& pr, const Conv2dPlan& plan, const T* source, const T* w, const T* bias, T* out,
+                    void* workspace, char* scratch, const Parallel& parallel) {
+  using E = acc_t<T>;
+  const Direction direction = plan.direction;
+  const bool dgrad = direction == Direction::dgrad;
+  const int64_t contracted = contracted_channels(pr, direction), produced = produced_channels(pr, direction);
+  const Images<const T> in_images =
+      dgrad ? images(source, pr.layout, pr.K, pr.P, pr.Q) : images(source, pr.layout, pr.C, pr.H, pr.W);
+  const Images<T> out_images =
+      dgrad ? images(out, pr.layout, pr.C, pr.H, pr.W) : images(out, pr.layout, pr.K, pr.P, pr.Q);
+  const int64_t out_rows = dgrad ? pr.H : pr.P, out_cols = dgrad ? pr.W : pr.Q;
+  const Phases phases = phases_of(pr, direction);
+  const int64_t step = dgrad ? 1 : pr.stride_w, col_outputs = phases.largest_cols.outputs;
+  const ChannelBlocks blocks = channel_blocks(pr, direction, lanes<T>, Lanes<T>::several_groups);
+  const GroupedScratch layout = grouped_scratch(pr, plan);
+  const StagedCols staged = staged_cols(pr, direction, plan.tile_n);
+  const StagedRows staged_row = staged_rows(pr, direction, 1);
+  const Lanes<T> lanes_of(contracted, produced);
+
+  const int64_t block_weights = pr.R * pr.S * contracted * lanes<T>;
+  // fprop's filters are transposed in their own order, (c, r, s) in NCHW.
+  const bool channel_first = !dgrad && pr.layout == Layout::NCHW;
+  const int64_t tap_step = (channel_first ? 1 : contracted) * lanes<T>;
+  const int64_t depth_step = (channel_first ? pr.R * pr.S : 1) * lanes<T>;
+  auto* weights = (E*)workspace;
+  auto* row_axes = reinterpret_cast<Axis*>(weights + blocks.count * block_weights);
+  Axis* col_axes = row_axes + phases.rows;
+  for (int64_t phase = 0; phase < phases.rows; ++phase) row_axes[phase] = row_axis(pr, direction, phase);
+  for (int64_t phase = 0; phase < phases.cols; ++phase) col_axes[phase] = col_axis(pr, direction, phase);
+  const auto block_at = [&](int64_t index) {
+    return channel_block(blocks, pr.groups, contracted, produced, lanes<T>, index);
+  };
+  for_each_task(parallel, blocks.count, [&](int, int64_t index) {
+    pack_block(pr, direction, block_at(index), w, weights + index * block_weights);
+  });
+
+  const int64_t row_blocks = ceil_div(out_rows, plan.tile_m), col_blocks = ceil_div(col_outputs, plan.tile_n);
+  for_each_task(parallel, pr.N * row_blocks * col_blocks * blocks.count, [&](int worker, int64_t task) {
+    const int64_t index = task % blocks.count, j0 = task / blocks.count % col_blocks * plan.tile_n;
+    const int64_t i0 = task / blocks.count / col_blocks % row_blocks * plan.tile_m;
+    const int64_t n = task / blocks.count / col_blocks / row_blocks;
+    const ChannelBlock block = block_at(index);
+    auto* memory = reinterpret_cast<E*>(scratch + worker * plan.scratch_bytes);
+    auto* taps = reinterpret_cast<RowTaps<E>*>(memory + layout.taps);
+    const int64_t pitch = ceil_div(block.in_count, lanes<T>) * lanes<T>;
+    RowStage<T> stage{pr,
+                      direction,
+                      in_images,
+                      dgrad ? pr.P : pr.H,
+                      dgrad ? pr.Q : pr.W,
+                      staged,
+                      staged_row,
+                      pitch,
+                      reinterpret_cast<int64_t*>(memory + layout.held),
+                      memory + layout.stage};
+    stage.begin(n, block.in, block.in_count, j0 * step);
+    const vec_t<T> start = bias ? load_first(bias + block.out, block.out_count) : vec_t<T>{};
+    const int64_t first_col = j0 * (dgrad ? pr.stride_w : 1);
+    const int64_t i1 = min_of<int64_t>(out_rows, i0 + plan.tile_m);
+    for (int64_t i = i0; i < i1; ++i) {
+      // Row i is output number i / phases of its phase; there is one phase only in fprop.
+      const Axis& rows = row_axes[phases.rows == 1 ? 0 : i % pr.stride_h];
+      const int64_t top = (phases.rows == 1 ? i : i / pr.stride_h) * rows.step + rows.first;
+      int64_t end_col = first_col;
+      if (i + 1 < i1)
+        prefetch_strip(out_images, out_images.at(n, block.out, i + 1, first_col), INT64_MAX, block.out_count, 0,
+                       min_of(out_cols - first_col, plan.tile_n * phases.cols));
+      for (int64_t phase = 0; phase < phases.cols; ++phase) {
+        const Axis& cols = col_axes[phase];
+        const int64_t count = min_of<int64_t>(plan.tile_n, cols.outputs - j0);
+        if (count <= 0) break;
+        // Taps of a filter row at neighbouring positions, in the order of these, make up one run of three.
+        const int64_t in_step = staged.out_step * pitch, tap_pitch = staged.tap_step(cols) * pitch;
+        const int64_t filter_step = cols.filter_step * tap_step;
+        const bool runs = cols.taps == 3 && (tap_pitch == in_step || tap_pitch == -in_step);
+        RowSum<E> sum{taps, 0, tap_pitch < 0 ? -filter_step : filter_step, contracted, depth_step, in_step};
+        for (int64_t a = 0; a < rows.taps && cols.taps > 0; ++a) {
+          const int64_t row = top + a * rows.inc, r = rows.filter_first + a * rows.filter_step;
+          if (row < 0 || row >= rows.source) continue;
+          const E* in = stage.at(row, 0, r) + staged.first(cols) * pitch;
+          const E* filter = weights + index * block_weights + (r * pr.S + cols.filter_first) * tap_step;
+          const int64_t lowest = runs && tap_pitch < 0 ? 2 : 0;
+          for (int64_t b = lowest; b < (runs ? lowest + 1 : cols.taps); ++b)
+            taps[sum.count++] = {in + b * tap_pitch, filter + b * filter_step};
+        }
+        const auto gather = [&](const auto& to) {
+          if (runs)
+            gather_row<T, 3>(lanes_of, sum, to);
+          else
+            gather_row<T, 1>(lanes_of, sum, to);
+        };
+        const int64_t col = cols.out_first + j0 * cols.out_step;  // of the first output
+        end_col = max_of(end_col, col + (count - 1) * cols.out_step + 1);
+        if (out_images.channel == 1)
+          gather(RowOut<T, T>{out_images.at(n, block.out, i, col), count, cols.out_step * out_images.col,
+                              block.out_count, start, pr.relu});
+        else
+          gather(RowOut<T, E>{memory + layout.rows + (col - first_col) * lanes<T>, count, cols.out_step * lanes<T>,
+                              lanes<T>, start, pr.relu});
+      }
+      if (out_images.channel != 1)
+        transpose(memory + layout.rows, lanes<T>, end_col - first_col, block.out_count,
+                  out_images.at(n, block.out, i, first_col), out_images.channel);
+    }
+  });
+}
+
+}  // namespace
+}  // namespace fastconv::cpu
