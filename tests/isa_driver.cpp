@@ -53,6 +53,7 @@ void convolutions(DType dtype, Layout layout, const cpu::Parallel& parallel) {
       {{1, 12, 7, 9}, {8, 3, 2, 3}, {1, 2}, {1, 0}, {1, 1}, 4},
       {{2, 19, 8, 9}, {19, 1, 3, 3}, {1, 1}, {1, 1}, {1, 1}, 19},
       {{2, 20, 9, 8}, {19, 20, 3, 3}, {1, 1}, {1, 2}, {1, 1}, 1},
+      {{2, 3, 9, 18}, {19, 3, 3, 4}, {1, 2}, {1, 2}, {1, 1}, 1},
   };
   const int64_t size = element_bytes(dtype);
   for (const Case& c : cases)

@@ -7,6 +7,8 @@
 //               nothing is multiplied by the zeros between strides, and nothing is scattered
 //   wgrad  dw = dy × patches of x, summed over all pixels, in pieces that are then added in order
 //
+// Images of few channels have kernels of their own, in conv2d_stem.cpp.
+//
 // Everything is summed in float (double for float64) and rounded once.
 #include <type_traits>
 

@@ -1,4 +1,4 @@
-// Convolutions of images with few channels, a network's first: im2col's sums, from windows that are read in place.
+// Convolutions of images with few channels, a network's first: im2col's products, of windows that are read in place.
 #include "conv2d_stem_dgrad.h"
 #include "conv2d_stem_fprop.h"
 #include "conv2d_stem_wgrad.h"

@@ -1,6 +1,6 @@
 // dgrad of a stem, by the products of every pixel of dy with every tap:
 //
-//   C[t][pixel] = Σ_k filters[t][k] · dy[k][pixel]     t = (r, s, c)
+//   C[t][pixel] = Σ_k filters[k][t] · dy[k][pixel]     t = (r, s, c)
 //   dx[c][p·stride − pad + r][q·stride − pad + s] += C[t][(p, q)]
 //
 // dx has few channels, and its own windows would be of many: here the contraction is over the filters alone, and the
@@ -8,20 +8,20 @@
 // reach them, so that nothing is computed twice. Columns are added up by phases, col mod stride, as rows without gaps.
 #pragma once
 
-#include "conv2d_stem_stage.h"
+#include "conv2d_stem_taps.h"
 #include "conv2d_wgrad_out.h"
-#include "gemm.h"
 #include "transpose.h"
 
 namespace fastconv::cpu {
 namespace {
 
-// rows[t][k] for the taps of row r of the filters
+// rows[k][t] of filter k
 template <typename T>
-void pack_stem_taps(const Conv2dProblem& p, const T* w, int64_t r, acc_t<T>* rows) {
+void pack_stem_taps(const Conv2dProblem& p, const T* w, int64_t k, acc_t<T>* row) {
   const int64_t depth = stem_depth(p), taps = p.R * p.S;
-  if (p.layout == Layout::NHWC) return transpose(w + r * p.S * p.C, depth, p.K, p.S * p.C, rows, p.K);
-  for (int64_t c = 0; c < p.C; ++c) transpose(w + c * taps + r * p.S, depth, p.K, p.S, rows + c * p.K, p.C * p.K);
+  if (p.layout == Layout::NHWC) return convert_row(w + k * depth, depth, row);
+  for (int64_t c = 0; c < p.C; ++c)
+    for (int64_t tap = 0; tap < taps; ++tap) row[tap * p.C + c] = to_acc(w[k * depth + c * taps + tap]);
 }
 
 // panels[panel][k][lane] of `pixels` neighbouring pixels of image n and filters k0 … k0 + k_count − 1
@@ -77,7 +77,8 @@ void stem_dgrad(const Conv2dProblem& p, const Conv2dPlan& plan, const T* dy, con
   using E = acc_t<T>;
   constexpr int64_t cols = panel_cols<E>;
   const int64_t row_taps = p.S * p.C;
-  for_each_task(parallel, p.R, [&](int, int64_t r) { pack_stem_taps(p, w, r, workspace + r * row_taps * p.K); });
+  const int64_t depth = stem_depth(p);
+  for_each_task(parallel, p.K, [&](int, int64_t k) { pack_stem_taps(p, w, k, workspace + k * depth); });
   const StemStrips strips = stem_strips(p);
   const StemDgradScratch layout = stem_dgrad_scratch(p);
   for_each_task(parallel, p.N * strips.count, [&](int worker, int64_t task) {
@@ -100,11 +101,16 @@ void stem_dgrad(const Conv2dProblem& p, const Conv2dPlan& plan, const T* dy, con
       for (count = 1; count < strips.dy_rows && row + count < end_row; ++count)
         if (first_tap(row + count) != r0 || end_tap(row + count) != r1) break;
       const int64_t pixels = count * p.Q, panels = ceil_div(pixels, cols), c_row = panels * cols;
+      const int64_t next_row = row + count, next_rows = min_of(strips.dy_rows, end_row - next_row);
+      StemAhead next = stem_ahead(p, dy, n, next_row * p.Q, next_rows * p.Q);
+      if (next_rows == 0) next.rows = 0;
       for (int64_t k0 = 0; k0 < p.K; k0 += strips.depth) {
         const int64_t k_count = min_of(strips.depth, p.K - k0);
         pack_stem_dy(p, dy, n, row * p.Q, pixels, k0, k_count, b);
-        multiply_block((r1 - r0) * row_taps, panels, k_count, workspace + r0 * row_taps * p.K + k0, p.K, 1, b,
-                       k_count * cols, c, c_row, k0 > 0);
+        const StemSteps steps{1, k_count, 0, depth, 0, cols};
+        for (int64_t panel = 0; panel < panels; ++panel)
+          multiply_stem_taps(steps, (r1 - r0) * row_taps, workspace + k0 * depth + r0 * row_taps,
+                             b + panel * k_count * cols, cols, c + panel * cols, c_row, k0 > 0, next);
       }
       for (int64_t i = 0; i < count; ++i) {
         for (int64_t r = r0; r < r1; ++r) {

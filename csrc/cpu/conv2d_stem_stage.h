@@ -1,3 +1,5 @@
+// What the stem's kernels share.
+//
 // Rows of pixels of x with their padding, the channels of a pixel side by side in both memory orders. The taps (s, c)
 // of a row of a window are then neighbours, and windows are read in place.
 #pragma once
@@ -34,6 +36,25 @@ void stage_rows(const Conv2dProblem& p, const T* x, int64_t n, int64_t row0, int
     }
     fill_zero<T>(out + end * C, (cols - end) * C);
   }
+}
+
+// The lines of dy that the next block reads: fetched one by one, while this block is multiplied.
+struct StemAhead {
+  const char* at;
+  int64_t rows, row_bytes, pitch, done;
+
+  FASTCONV_INLINE void fetch_line() {
+    if (rows == 0) return;
+    __builtin_prefetch(at + done);
+    done += 64;
+    if (done >= row_bytes) at += pitch, --rows, done = 0;
+  }
+};
+template <typename T>
+StemAhead stem_ahead(const Conv2dProblem& p, const T* dy, int64_t n, int64_t pixel, int64_t pixels) {
+  const int64_t plane = p.P * p.Q, size = sizeof(T);
+  if (p.layout == Layout::NHWC) return {(const char*)(dy + (n * plane + pixel) * p.K), 1, pixels * p.K * size, 0, 0};
+  return {(const char*)(dy + n * p.K * plane + pixel), p.K, pixels * size, plane * size, 0};
 }
 
 }  // namespace

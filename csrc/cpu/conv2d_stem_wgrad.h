@@ -6,65 +6,20 @@
 // panels.
 #pragma once
 
-#include "conv2d_stem_stage.h"
+#include "conv2d_stem_taps.h"
 #include "conv2d_wgrad_out.h"
-#include "gemm.h"
 #include "transpose.h"
 
 namespace fastconv::cpu {
 namespace {
 
-// Sums of so many taps fill the registers.
-constexpr int stem_taps = vector_bytes == 64 ? 14 : 6;
-
-// A block of pixels, and where they are in the stage and in a panel of dy: pitches of rows and of pixels.
-struct StemPixels {
-  int64_t rows, cols;
-  int64_t x_row, x_col, dy_row, dy_col;
-};
-
-template <typename E, int Taps, int Vectors>
-void stem_taps_tile(const StemPixels& pixels, const E* x, const E* dy, E* c) {
-  vec_t<E> sums[Taps][Vectors];
-  FASTCONV_UNROLL
-  for (int t = 0; t < Taps; ++t)
-    for (int v = 0; v < Vectors; ++v) sums[t][v] = load(c + t * panel_cols<E> + v * lanes<E>);
-  for (int64_t i = 0; i < pixels.rows; ++i) {
-    const E *x_at = x + i * pixels.x_row, *dy_at = dy + i * pixels.dy_row;
-    for (int64_t j = 0; j < pixels.cols; ++j, x_at += pixels.x_col, dy_at += pixels.dy_col) {
-      vec_t<E> d[Vectors];
-      for (int v = 0; v < Vectors; ++v) d[v] = load(dy_at + v * lanes<E>);
-      FASTCONV_UNROLL
-      for (int t = 0; t < Taps; ++t) {
-        const vec_t<E> value = broadcast<E>(x_at[t]);
-        for (int v = 0; v < Vectors; ++v) sums[t][v] += value * d[v];
-      }
-    }
-  }
-  FASTCONV_UNROLL
-  for (int t = 0; t < Taps; ++t)
-    for (int v = 0; v < Vectors; ++v) store(c + t * panel_cols<E> + v * lanes<E>, sums[t][v]);
-}
-
-// A row of `count` taps.
-template <int Vectors, typename E, int... I>
-void stem_taps_row(const StemPixels& pixels, int64_t count, const E* x, const E* dy, E* c,
-                   std::integer_sequence<int, I...>) {
-  static constexpr void (*tiles[])(const StemPixels&, const E*, const E*, E*) = {stem_taps_tile<E, I + 1, Vectors>...};
-  const int64_t pieces = ceil_div(count, stem_taps);
-  for (int64_t piece = 0; piece < pieces; ++piece) {
-    const int64_t first = piece * count / pieces, end = (piece + 1) * count / pieces;
-    tiles[end - first - 1](pixels, x + first, dy, c + first * panel_cols<E>);
-  }
-}
-
 // sums += Σ dy over a block of pixels.
 template <typename E>
-void add_stem_dy(const StemPixels& pixels, const E* dy, E* sums) {
+void add_stem_dy(const StemSteps& pixels, const E* dy, E* sums) {
   vec_t<E> left = load(sums), right = load(sums + lanes<E>);
   for (int64_t i = 0; i < pixels.rows; ++i) {
-    const E* at = dy + i * pixels.dy_row;
-    for (int64_t j = 0; j < pixels.cols; ++j, at += pixels.dy_col) {
+    const E* at = dy + i * pixels.b_row;
+    for (int64_t j = 0; j < pixels.cols; ++j, at += pixels.b_col) {
       left += load(at);
       right += load(at + lanes<E>);
     }
@@ -94,6 +49,10 @@ void stem_wgrad(const Conv2dProblem& p, const Conv2dPlan& plan, const T* dy, con
     for (int64_t row = piece * p.N * p.P / plan.split, rows; row < end; row += rows) {
       const int64_t n = row / p.P, p0 = row % p.P;
       rows = min_of(block.rows, min_of(p.P - p0, end - row));
+      const int64_t next_row = row + rows, next_p0 = next_row % p.P;
+      const int64_t next_rows = min_of(block.rows, min_of(p.P - next_p0, end - next_row));
+      StemAhead next = stem_ahead(p, dy, next_row / p.P, next_p0 * p.Q, next_rows * p.Q);
+      if (next_rows == 0) next.rows = 0;
       for (int64_t q0 = 0; q0 < p.Q; q0 += block.cols) {
         const int64_t count = min_of(block.cols, p.Q - q0), stage_cols = (count - 1) * p.stride_w + p.S;
         const int64_t stage_row = stage_cols * p.C;
@@ -101,13 +60,13 @@ void stem_wgrad(const Conv2dProblem& p, const Conv2dPlan& plan, const T* dy, con
                    stage_cols, stage);
         for (int64_t k0 = k_first; k0 < k_end; k0 += cols) {
           const int64_t width = min_of(cols, k_end - k0);
-          StemPixels pixels{rows, count, p.stride_h * stage_row, p.stride_w * p.C, count * cols, cols};
+          StemSteps pixels{rows, count, p.stride_h * stage_row, p.stride_w * p.C, count * cols, cols};
           const E* panel = packed;
           const T* from = dy + (nhwc ? (row * p.Q + q0) * p.K + k0 : ((n * p.K + k0) * p.P + p0) * p.Q + q0);
           bool in_place = false;
           if constexpr (std::is_same_v<T, E>) {
             in_place = nhwc && width == cols;
-            if (in_place) panel = from, pixels.dy_row = p.Q * p.K, pixels.dy_col = p.K;
+            if (in_place) panel = from, pixels.b_row = p.Q * p.K, pixels.b_col = p.K;
           }
           if (!in_place) {
             for (int64_t i = 0; i < rows; ++i) {
@@ -119,14 +78,9 @@ void stem_wgrad(const Conv2dProblem& p, const Conv2dPlan& plan, const T* dy, con
             }
           }
           add_stem_dy(pixels, panel, bias_sums + (k0 - k_first));
-          for (int64_t r = 0; r < p.R; ++r) {
-            E* to = c + (k0 - k_first) * depth + r * row_taps * cols;
-            constexpr auto sizes = std::make_integer_sequence<int, stem_taps>();
-            if (width > lanes<E>)
-              stem_taps_row<2>(pixels, row_taps, stage + r * stage_row, panel, to, sizes);
-            else
-              stem_taps_row<1>(pixels, row_taps, stage + r * stage_row, panel, to, sizes);
-          }
+          for (int64_t r = 0; r < p.R; ++r)
+            multiply_stem_taps(pixels, row_taps, stage + r * stage_row, panel, width,
+                               c + (k0 - k_first) * depth + r * row_taps * cols, cols, true, next);
         }
       }
     }

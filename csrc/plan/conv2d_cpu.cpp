@@ -182,7 +182,9 @@ void plan_stem(const Conv2dProblem& p, Conv2dPlan& plan) {
     plan.scratch_bytes = aligned(stem_wgrad_scratch(p, plan).end * sum_bytes(p));
     return;
   }
+  plan.tile_m = int(p.K);
   plan.tile_n = 1024;  // pixels a task
+  plan.tile_k = int(stem_depth(p));
   plan.workspace_bytes = stem_filter_elements(p) * sum_bytes(p);
   plan.scratch_bytes = aligned(stem_fprop_scratch(p, plan).end * sum_bytes(p));
 }
@@ -311,10 +313,15 @@ Algo choose(const Conv2dProblem& p, Direction direction, Reasons* reasons) {
     reasons->push_back({Algo::depthwise, false, rejection(p, Algo::depthwise)});
   } else {
     const std::string along = along_pixels(p, direction) ? "pixels" : "channels";
+    const char* stem = direction == Direction::dgrad
+                           ? "few channels: every pixel of dy times every tap, added up in the rows of dx"
+                           : "few channels: windows are read in place, vectors along the filters";
     explain_winograd(p, direction, winograd, reasons);
     reasons->push_back({Algo::im2col, !winograd,
                         winograd ? "multiplies each output's patch"
-                                 : "patches times filters, blocked for the caches, vectors along the " + along});
+                        : is_stem(p, direction)
+                            ? stem
+                            : "patches times filters, blocked for the caches, vectors along the " + along});
     reasons->push_back({Algo::grouped, false, why_not_grouped(p)});
     reasons->push_back({Algo::depthwise, false, rejection(p, Algo::depthwise)});
   }
