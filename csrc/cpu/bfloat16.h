@@ -61,7 +61,6 @@ FASTCONV_INLINE void transpose_half(const bfloat16_t* in, int64_t in_pitch, int6
     v[i] = interleave<Half>(even_row, odd_row);
   }
   transpose_pairs(v);
-  // A store under a mask takes longer than a whole one.
   for (int i = 0; i < min_of<int64_t>(16, width - 16 * Half); ++i)
     if (height == 32)
       store_pairs(out + (16 * Half + i) * out_pitch, v[i]);
@@ -77,6 +76,8 @@ inline void transpose_bfloat16(const bfloat16_t* in, int64_t in_pitch, int64_t r
       const int64_t height = min_of<int64_t>(32, rows - row), width = min_of<int64_t>(32, cols - col);
       const bfloat16_t* from = in + row * in_pitch + col;
       bfloat16_t* to = out + col * out_pitch + row;
+      for (int64_t next = row + 32; next < min_of(rows, row + 64); ++next)
+        __builtin_prefetch(in + next * in_pitch + col);
       transpose_half<0>(from, in_pitch, height, width, to, out_pitch);
       if (width > 16) transpose_half<1>(from, in_pitch, height, width, to, out_pitch);
     }
@@ -105,10 +106,23 @@ inline void pack_transposed_panel(const bfloat16_t* in, int64_t in_pitch, int64_
 
 constexpr int pair_rows = 12;  // × 2 registers of sums: 24 chains for 2 loads and 12 broadcasts
 
-// The loops over rows are unrolled early, so that rows and sums never are arrays in memory.
+// Where finished rows of C go, with a bias and a ReLU: rows of bfloat16.
+struct FinishedRows {
+  bfloat16_t* data;
+  int64_t row, cols;
+  const bfloat16_t* bias;  // or null
+  bool relu;
+
+  FinishedRows from(int64_t i, int64_t col) const {
+    return {data + i * row + col, row, cols - col, bias ? bias + col : nullptr, relu};
+  }
+};
+
+// C += A·B, or if they are finished, out = C + A·B. first: there is no C yet. The loops over rows are unrolled early,
+// so that rows and sums never are arrays in memory.
 template <int Rows>
 void multiply_pairs_tile(int64_t pairs, const bfloat16_t* a, int64_t a_row, int64_t a_pair, const bfloat16_t* b,
-                         float* c, int64_t c_row, bool add) {
+                         float* c, int64_t c_row, bool first, const FinishedRows* out) {
   const bfloat16_t* rows[(Rows + 2) / 3];
   __m512 sums[Rows][2];
 #pragma GCC unroll 16
@@ -127,39 +141,68 @@ void multiply_pairs_tile(int64_t pairs, const bfloat16_t* a, int64_t a_row, int6
       sums[i][1] = _mm512_dpbf16_ps(sums[i][1], value, right);
     }
   }
+  if (!first) {
 #pragma GCC unroll 16
-  for (int i = 0; i < Rows; ++i, c += c_row) {
-    if (add) {
-      sums[i][0] += _mm512_loadu_ps(c);
-      sums[i][1] += _mm512_loadu_ps(c + 16);
+    for (int i = 0; i < Rows; ++i) {
+      sums[i][0] += _mm512_loadu_ps(c + i * c_row);
+      sums[i][1] += _mm512_loadu_ps(c + i * c_row + 16);
     }
-    _mm512_storeu_ps(c, sums[i][0]);
-    _mm512_storeu_ps(c + 16, sums[i][1]);
+  }
+  if (!out) {
+#pragma GCC unroll 16
+    for (int i = 0; i < Rows; ++i) {
+      _mm512_storeu_ps(c + i * c_row, sums[i][0]);
+      _mm512_storeu_ps(c + i * c_row + 16, sums[i][1]);
+    }
+    return;
+  }
+  const __mmask32 cols = first_lanes(out->cols);
+  vec_t<float> left{}, right{};
+  if (out->bias) {
+    left = load_first(out->bias, min_of<int64_t>(16, out->cols));
+    right = load_first(out->bias + 16, min_of<int64_t>(16, max_of<int64_t>(0, out->cols - 16)));
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < Rows; ++i) {
+    if (out->bias) {
+      sums[i][0] += (__m512)left;
+      sums[i][1] += (__m512)right;
+    }
+    if (out->relu) {
+      sums[i][0] = (__m512)relu((vec_t<float>)sums[i][0]);
+      sums[i][1] = (__m512)relu((vec_t<float>)sums[i][1]);
+    }
+    const __m512i rounded = (__m512i)_mm512_cvtne2ps_pbh(sums[i][1], sums[i][0]);
+    if (out->cols >= pair_cols)  // a store under a mask takes longer
+      store_pairs(out->data + i * out->row, rounded);
+    else
+      _mm512_mask_storeu_epi16(out->data + i * out->row, cols, rounded);
   }
 }
 
 template <int Rows>
 void multiply_pairs_rows(int64_t rows, int64_t pairs, const bfloat16_t* a, int64_t a_row, int64_t a_pair,
-                         const bfloat16_t* b, float* c, int64_t c_row, bool add) {
+                         const bfloat16_t* b, float* c, int64_t c_row, bool first, const FinishedRows* out) {
   if constexpr (Rows > 1)
-    if (rows < Rows) return multiply_pairs_rows<Rows - 1>(rows, pairs, a, a_row, a_pair, b, c, c_row, add);
-  multiply_pairs_tile<Rows>(pairs, a, a_row, a_pair, b, c, c_row, add);
+    if (rows < Rows) return multiply_pairs_rows<Rows - 1>(rows, pairs, a, a_row, a_pair, b, c, c_row, first, out);
+  multiply_pairs_tile<Rows>(pairs, a, a_row, a_pair, b, c, c_row, first, out);
 }
 
-// Rows outside, panels inside: the rows of A stay in L1 while panels stream from L2. begin(i, end) and done(i, end) are
-// called before and after the panels of rows i … end−1.
-template <typename Begin, typename Done>
+// Rows outside, panels inside: the rows of A stay in L1 while panels stream from L2. begin(i, end) is called before the
+// panels of rows i … end−1. out: null, or where C goes, which then is finished.
+template <typename Begin>
 FASTCONV_INLINE void multiply_pairs(int64_t rows, int64_t panels, int64_t pairs, const bfloat16_t* a, int64_t a_row,
                                     int64_t a_pair, const bfloat16_t* b, int64_t b_panel, float* c, int64_t c_row,
-                                    bool add, const Begin& begin, const Done& done) {
+                                    bool first, const FinishedRows* out, const Begin& begin) {
   const int64_t tiles = ceil_div(rows, pair_rows);
   for (int64_t tile = 0; tile < tiles; ++tile) {
     const int64_t i = tile * rows / tiles, end = (tile + 1) * rows / tiles;
     begin(i, end);
-    for (int64_t panel = 0; panel < panels; ++panel)
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      const FinishedRows here = out ? out->from(i, panel * pair_cols) : FinishedRows{};
       multiply_pairs_rows<pair_rows>(end - i, pairs, a + i * a_row, a_row, a_pair, b + panel * b_panel,
-                                     c + i * c_row + panel * pair_cols, c_row, add);
-    done(i, end);
+                                     c + i * c_row + panel * pair_cols, c_row, first, out ? &here : nullptr);
+    }
   }
 }
 

@@ -57,7 +57,7 @@ inline Bfloat16Memory bfloat16_memory(const Conv2dProblem& p, const Conv2dPlan& 
 
 // One thread's scratch.
 struct Bfloat16Scratch {
-  int64_t a_row, pairs, rows, b, c, end;
+  int64_t a_row, pairs, rows, columns, b, c, end;
 };
 // fprop and dgrad: rows of C are pixels, columns are channels.
 inline int64_t block_pixels(const Conv2dProblem& p, const Conv2dPlan& plan) {
@@ -68,11 +68,12 @@ inline int64_t block_channels(const Conv2dProblem& p, const Conv2dPlan& plan) {
 }
 inline Bfloat16Scratch bfloat16_gather_scratch(const Conv2dProblem& p, const Conv2dPlan& plan) {
   Bfloat16Scratch s{};
-  const int64_t pixels = block_pixels(p, plan);
+  const int64_t pixels = block_pixels(p, plan), channels = whole_panels(block_channels(p, plan));
   s.a_row = even(plan.tile_k) + spill;
-  s.rows = lines_of((pixels + 1) * s.a_row * 2);              // A: patches
-  s.c = s.rows + lines_of(pair_cols * (pixels + spill) * 2);  // rows: channels of C on their way to NCHW
-  s.end = s.c + lines_of(pixels * whole_panels(block_channels(p, plan)) * 4);
+  s.rows = lines_of((pixels + 1) * s.a_row * 2);                 // A: patches
+  s.columns = s.rows + lines_of(pixels * channels * 2);          // rows: C in bfloat16
+  s.c = s.columns + lines_of(pair_cols * (pixels + spill) * 2);  // columns: some of them, for NCHW
+  s.end = s.c + lines_of(pixels * channels * 4);
   return s;
 }
 
@@ -98,8 +99,8 @@ inline Bfloat16Scratch bfloat16_wgrad_scratch(const Conv2dProblem& p, const Conv
   const int64_t pixels = even(plan.tile_k);
   s.pairs = (pixels + pieces_of(pixels, std::max<int64_t>(p.P * p.Q, 1)) + 1) / 2;  // NCHW: no pair of two images
   s.a_row = depth + spill;
-  s.rows = lines_of((2 * filters + spill) * (2 * s.pairs + spill));  // A: dy
-  s.b = s.rows + lines_of((staged_rows + 1) * s.a_row * 2);          // rows: patches
+  s.rows = lines_of((filters + 1) * (2 * s.pairs + spill) * 2);  // A: dy
+  s.b = s.rows + lines_of((staged_rows + 1) * s.a_row * 2);      // rows: patches
   s.c = s.b + lines_of(depth * s.pairs * 4);
   s.end = s.c + lines_of(filters * (depth + 1) * 4);
   return s;

@@ -22,21 +22,6 @@ struct Bfloat16Gather {
   }
 };
 
-// y[0 … count) = C's row + bias, or ReLU of it
-FASTCONV_INLINE void write_channels(const float* c, int64_t count, const bfloat16_t* bias, bool with_relu,
-                                    bfloat16_t* out) {
-  for (int64_t m = 0; m < count; m += lanes<float>) {
-    const int64_t left = min_of<int64_t>(lanes<float>, count - m);
-    vec_t<float> v = load(c + m);
-    if (bias) v += load_first(bias + m, left);
-    if (with_relu) v = relu(v);
-    if (left == lanes<float>)
-      store(out + m, v);
-    else
-      store_first(out + m, v, left);
-  }
-}
-
 // out[pixel − pixel0][t] = planes[n][t][pixel], and a zero where there is an odd number of channels.
 inline void pack_planes(const Bfloat16Patches& p, const bfloat16_t* planes, int64_t pixel0, int64_t count,
                         int64_t channels, bfloat16_t* out, int64_t out_row) {
@@ -75,33 +60,18 @@ void gather_bfloat16(const Conv2dProblem& pr, const Conv2dPlan& plan, const Gath
     const int64_t m_count = min_of(tile_channels, produced - m0), panels = ceil_div(m_count, pair_cols);
     char* memory = scratch + worker * plan.scratch_bytes;
     auto *packed = reinterpret_cast<bfloat16_t*>(memory), *rows = reinterpret_cast<bfloat16_t*>(memory + layout.rows);
-    float* c = reinterpret_cast<float*>(memory + layout.c);
-    const int64_t c_row = panels * pair_cols;
+    auto* columns = reinterpret_cast<bfloat16_t*>(memory + layout.columns);
+    auto* c = reinterpret_cast<float*>(memory + layout.c);
+    const int64_t c_row = panels * pair_cols, out_row = pr.groups * produced, channel = group * produced + m0;
     const Axis &h = p.rows, &w = p.cols;
-    const int64_t channel = group * produced + m0;
-    const bfloat16_t* b = bias ? bias + channel : nullptr;
     const auto place = [&](int64_t pixel) {  // in a plane of out
       return (h.out_first + pixel / w.outputs % h.outputs * h.out_step) * out_width + w.out_first +
              pixel % w.outputs * w.out_step;
     };
-    const bool dense = h.out_step == 1 && w.out_step == 1, nchw = pr.layout == Layout::NCHW;
-    auto* values = reinterpret_cast<bfloat16_t*>(c);
-    // Rows of C become bfloat16 while they are in L1; NCHW: where they are, at twice the pitch.
-    const auto row_of_out = [&](int64_t i) {
-      const int64_t pixel = pixel0 + i;
-      const int64_t at = dense ? pixel : pixel / w.outputs / h.outputs * out_plane + place(pixel);
-      return nchw ? values + i * 2 * c_row : out + at * pr.groups * produced + channel;
-    };
-    const auto write = [&](int64_t i, int64_t end) {
-      for (; i < end; ++i) write_channels(c + i * c_row, m_count, b, pr.relu, row_of_out(i));
-    };
-    // Lines from memory are asked for while there are products to compute.
-    const auto prefetch_out = [&](int64_t i, int64_t end) {
-      for (; i < end && !nchw; ++i) {
-        const auto* line = reinterpret_cast<const char*>(row_of_out(i));
-        for (int64_t byte = 0; byte < m_count * 2; byte += 64) __builtin_prefetch(line + byte, 1);
-      }
-    };
+    // Where out's pixels are not neighbours in NHWC, finished rows go there by way of scratch.
+    const bool dense = h.out_step == 1 && w.out_step == 1, nchw = pr.layout == Layout::NCHW, direct = dense && !nchw;
+    FinishedRows finished{rows, c_row, m_count, bias ? bias + channel : nullptr, pr.relu};
+    if (direct) finished.data = out + pixel0 * out_row + channel, finished.row = out_row;
     const bool pointwise = is_pointwise(h, w), in_place = pointwise && !planes && channels % 2 == 0;
     int64_t t0 = 0;
     do {
@@ -116,33 +86,37 @@ void gather_bfloat16(const Conv2dProblem& pr, const Conv2dPlan& plan, const Gath
       } else {
         pack_patch_rows(p, group * channels, channels, 0, pixel0, count, t0, t1, packed, a_row);
       }
+      const bool last = t1 == g.depth;
+      // Lines from memory are asked for while there are products to compute.
       const auto prefetch = [&](int64_t i, int64_t end) {
         for (int64_t next = end; in_place && next < min_of(count, 2 * end - i); ++next)
           for (int64_t t = 0; t < t1 - t0; t += 32) __builtin_prefetch(a + next * a_row + t);
-        if (t1 == g.depth) prefetch_out(i, end);
-      };
-      const auto finish = [&](int64_t i, int64_t end) {
-        if (t1 == g.depth) write(i, end);
+        for (; last && direct && i < end; ++i)
+          for (int64_t m = 0; m < m_count; m += 32) __builtin_prefetch(finished.data + i * out_row + m, 1);
       };
       multiply_pairs(count, panels, even(t1 - t0) / 2, a, a_row, 2, g.panel(group, m0 / pair_cols) + t0 * pair_cols,
-                     even(g.depth) * pair_cols, c, c_row, t0 > 0, prefetch, finish);
+                     even(g.depth) * pair_cols, c, c_row, t0 == 0, last ? &finished : nullptr, prefetch);
       t0 = t1;
     } while (t0 < g.depth);
-    if (!nchw) return;
+    if (direct) return;
     const int64_t image = h.outputs * w.outputs;
     for (int64_t at = 0; at < count;) {
       const int64_t n = (pixel0 + at) / image, length = min_of(count - at, image - (pixel0 + at) % image);
-      bfloat16_t* to = out + (n * pr.groups * produced + channel) * out_plane;
-      if (dense) {
-        transpose_bfloat16(values + at * 2 * c_row, 2 * c_row, length, m_count, to + place(pixel0 + at), out_plane);
-      } else {
+      const bfloat16_t* from = rows + at * c_row;
+      bfloat16_t* to = out + (n * out_row + channel) * out_plane;
+      if (nchw && dense) {
+        transpose_bfloat16(from, c_row, length, m_count, to + place(pixel0 + at), out_plane);
+      } else if (nchw) {
         for (int64_t m = 0; m < m_count; m += pair_cols) {
           const int64_t width = min_of(pair_cols, m_count - m);
-          transpose_bfloat16(values + at * 2 * c_row + m, 2 * c_row, length, width, rows, tile_pixels);
+          transpose_bfloat16(from + m, c_row, length, width, columns, tile_pixels);
           for (int64_t i = 0; i < length; ++i)
             for (int64_t k = 0, where = place(pixel0 + at + i); k < width; ++k)
-              to[(m + k) * out_plane + where] = rows[k * tile_pixels + i];
+              to[(m + k) * out_plane + where] = columns[k * tile_pixels + i];
         }
+      } else {
+        for (int64_t i = 0; i < length; ++i)
+          memcpy(out + (n * out_plane + place(pixel0 + at + i)) * out_row + channel, from + i * c_row, 2 * m_count);
       }
       at += length;
     }

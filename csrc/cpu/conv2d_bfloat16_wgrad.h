@@ -11,33 +11,6 @@
 namespace fastconv::cpu {
 namespace {
 
-// out[pixel/2][filter][2], rows of whole registers; and sums[filter] += Σ_pixel dy[pixel][filter] if there are sums.
-inline void pack_gradient(const bfloat16_t* dy, int64_t pitch, int64_t filters, int64_t pixels, bfloat16_t* out,
-                          int64_t out_row, float* sums) {
-  const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
-  for (int64_t k = 0; k < filters; k += 32) {
-    const __mmask32 mask = first_lanes(filters - k);
-    __m512 left{}, right{};
-    bfloat16_t* to = out + 2 * k;
-    const bfloat16_t* from = dy + k;
-    for (int64_t i = 0; i < pixels; i += 2, from += 2 * pitch, to += out_row) {
-      const __m512i even_row = load_pairs(from, mask);
-      const __m512i odd_row = i + 1 < pixels ? load_pairs(from + pitch, mask) : __m512i{};
-      const __m512i first = interleave<0>(even_row, odd_row), second = interleave<1>(even_row, odd_row);
-      store_pairs(to, first);
-      store_pairs(to + 32, second);
-      if (sums) {
-        left = _mm512_dpbf16_ps(left, (__m512bh)first, ones);
-        right = _mm512_dpbf16_ps(right, (__m512bh)second, ones);
-      }
-    }
-    if (sums) {
-      _mm512_storeu_ps(sums + k, _mm512_loadu_ps(sums + k) + left);
-      _mm512_storeu_ps(sums + k + 16, _mm512_loadu_ps(sums + k + 16) + right);
-    }
-  }
-}
-
 // Neighbouring pixels, in NCHW of one image, that take a whole number of pairs of a block.
 struct PixelRun {
   int64_t pixel, length, pair;
@@ -54,18 +27,21 @@ FASTCONV_INLINE int64_t for_pixel_runs(int64_t pixel0, int64_t count, int64_t im
   return pairs;
 }
 
-// NCHW: out[filter][pair][2] = planes[filter][pixel], rows out_row apart; and sums.
-inline void copy_gradient(const bfloat16_t* planes, int64_t plane, int64_t filters, int64_t pixels, bfloat16_t* out,
-                          int64_t out_row, float* sums) {
+// out[filter][pixel] = dy of one image or, NHWC, of neighbouring pixels; a zero completes the last pair.
+// sums[filter] += Σ_pixel dy, if there are sums.
+inline void pack_gradient(const bfloat16_t* dy, bool nchw, int64_t pitch, int64_t filters, int64_t pixels,
+                          bfloat16_t* out, int64_t out_row, float* sums) {
   const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
-  for (int64_t k = 0; k < filters; ++k, planes += plane, out += out_row) {
+  if (!nchw) transpose_bfloat16(dy, pitch, pixels, filters, out, out_row);
+  for (int64_t k = 0; k < filters; ++k, dy += pitch, out += out_row) {
     __m512 sum{};
-    for (int64_t i = 0; i < pixels; i += 32) {
-      const __m512i values = load_pairs(planes + i, first_lanes(pixels - i));
-      store_pairs(out + i, values);  // zeros past the end: one completes a pair, the next run overwrites the rest
-      sum = _mm512_dpbf16_ps(sum, (__m512bh)values, ones);
-    }
-    if (sums) sums[k] += _mm512_reduce_add_ps(sum);
+    for (int64_t i = 0; nchw && i < pixels; i += 32)  // zeros past the end, which the next run overwrites
+      store_pairs(out + i, load_pairs(dy + i, first_lanes(pixels - i)));
+    if (pixels % 2) out[pixels] = {0};
+    if (!sums) continue;
+    for (int64_t i = 0; i < pixels; i += 32)
+      sum = _mm512_dpbf16_ps(sum, (__m512bh)load_pairs(out + i, first_lanes(pixels - i)), ones);
+    sums[k] += _mm512_reduce_add_ps(sum);
   }
 }
 
@@ -94,8 +70,7 @@ inline void wgrad_bfloat16(const Conv2dProblem& pr, const Conv2dPlan& plan, cons
     const int64_t k_count = min_of(tile_filters, kg - k0), c_count = min_of(block.channels, cg - c0);
     const int64_t tap_count = min_of(block.taps, taps - tap0), depth = c_count * tap_count;
     const int64_t panels = ceil_div(depth, pair_cols), c_row = panels * pair_cols;
-    // A: NCHW [filter][pair][2], NHWC [pair][filter][2], whose rows don't all fall into the same lines of L1
-    const int64_t a_row = nchw ? layout.pairs * 2 + spill : 2, a_pair = nchw ? 2 : 2 * whole_panels(k_count) + spill;
+    const int64_t a_row = layout.pairs * 2 + spill;
     const int64_t b_panel = layout.pairs * 2 * pair_cols;
     char* memory = scratch + worker * plan.scratch_bytes;
     auto *a = reinterpret_cast<bfloat16_t*>(memory), *rows = reinterpret_cast<bfloat16_t*>(memory + layout.rows);
@@ -107,11 +82,9 @@ inline void wgrad_bfloat16(const Conv2dProblem& pr, const Conv2dPlan& plan, cons
       const int64_t pixel0 = index * tile_pixels, count = min_of(tile_pixels, pixels - pixel0);
       const int64_t pairs = for_pixel_runs(pixel0, count, run_image, [&](const PixelRun& run) {
         const int64_t n = run.pixel / image, pixel = run.pixel % image;
-        if (nchw)
-          copy_gradient(dy + (n * pr.K + group * kg + k0) * image + pixel, image, k_count, run.length, a + 2 * run.pair,
-                        a_row, sums);
-        else
-          pack_gradient(dy + run.pixel * pr.K + group * kg + k0, pr.K, k_count, run.length, a, a_pair, sums);
+        pack_gradient(
+            nchw ? dy + (n * pr.K + group * kg + k0) * image + pixel : dy + run.pixel * pr.K + group * kg + k0, nchw,
+            nchw ? image : pr.K, k_count, run.length, a + 2 * run.pair, a_row, sums);
         bfloat16_t* panel0 = b + run.pair * 2 * pair_cols;
         for (int64_t panel = 0; from_planes && panel < panels; ++panel)
           pack_transposed_panel(x + (n * pr.C + group * cg + c0 + panel * pair_cols) * image + pixel, image,
@@ -128,9 +101,8 @@ inline void wgrad_bfloat16(const Conv2dProblem& pr, const Conv2dPlan& plan, cons
             }
         }
       });
-      multiply_pairs(
-          k_count, panels, pairs, a, a_row, a_pair, b, b_panel, c, c_row, true, [](int64_t, int64_t) {},
-          [](int64_t, int64_t) {});
+      multiply_pairs(k_count, panels, pairs, a, a_row, 2, b, b_panel, c, c_row, false, nullptr,
+                     [](int64_t, int64_t) {});
     }
     const int64_t filter = group * kg + k0;
     out.with_piece(piece, [&](auto* dw, auto* db) {

@@ -120,13 +120,18 @@ void plan_gather(const Conv2dProblem& p, Conv2dPlan& plan) {
                                  : pieces_of(p.N * rows * cols, pixels);
     return blocks * pieces_of(produced, channels) * p.groups;
   };
-  int64_t pixels = 224, channels = 128;
+  int64_t pixels = 224, channels = 128, depth = 288;
+  if (multiplies_bfloat16(p, plan.direction)) {  // half the bytes, and filters that are packed once
+    pixels = 96;
+    depth = 384;
+    channels = tasks(pixels, 256) < enough_tasks ? 128 : 256;
+  }
   // Every task stages its pixels' patches anew for its channels, and reads the weights for its pixels: neither gets
   // small.
   if (tasks(pixels, channels) < enough_tasks) channels = 64;
-  if (tasks(pixels, channels) < enough_tasks && rows * cols > 96) pixels = 112;
+  if (tasks(pixels, channels) < enough_tasks && rows * cols > 96) pixels /= 2;
   if (tasks(pixels, channels) < enough_tasks / 2) channels = 32;
-  plan.tile_k = int(std::max<int64_t>(1, std::min<int64_t>(contracted * taps, 288)));
+  plan.tile_k = int(std::max<int64_t>(1, std::min<int64_t>(contracted * taps, depth)));
   if (along) {
     plan.tile_m = int(balanced(produced, channels));
     plan.tile_n = int(pixels);
@@ -256,15 +261,18 @@ int64_t winograd_filter_bytes(const Conv2dProblem& p) {
 }
 
 bool winograd_wins(const Conv2dProblem& p, Direction direction) {
-  return fits_winograd(p) && p.dtype != DType::float64 && p.multiply_adds() >= enough_multiply_adds &&
-         winograd_filter_bytes(p) <= most_filter_bytes && winograd_saving(p, direction) >= enough_saving;
+  return fits_winograd(p) && p.dtype != DType::float64 && !multiplies_bfloat16(p, direction) &&
+         p.multiply_adds() >= enough_multiply_adds && winograd_filter_bytes(p) <= most_filter_bytes &&
+         winograd_saving(p, direction) >= enough_saving;
 }
 
 // In the order of winograd_wins.
-std::string why_not_winograd(const Conv2dProblem& p, const std::string& saving) {
+std::string why_not_winograd(const Conv2dProblem& p, Direction direction, const std::string& saving) {
   if (!fits_winograd(p)) return rejection(p, Algo::winograd);
   if (p.dtype == DType::float64)
     return "its rounding errors are larger than those of the sum: in float64 only if asked for";
+  if (multiplies_bfloat16(p, direction))
+    return "its transforms are computed in float, where a product takes twice as long as in bfloat16";
   if (p.multiply_adds() < enough_multiply_adds) return "too little work to be worth three passes";
   if (winograd_filter_bytes(p) > most_filter_bytes)
     return "its filters would take " + std::to_string(winograd_filter_bytes(p) >> 20) + " MiB";
@@ -278,7 +286,7 @@ void explain_winograd(const Conv2dProblem& p, Direction direction, bool taken, R
                       taken ? "36 products for " +
                                   (p.R == 3 ? std::string("16 outputs, not 144") : "4 outputs, not 100") +
                                   ": with its transforms, a factor of " + saving + " less work"
-                            : why_not_winograd(p, saving)});
+                            : why_not_winograd(p, direction, saving)});
 }
 
 // Groups that a matrix product would leave registers idle for.
