@@ -170,7 +170,8 @@ def test_it_is_taken_unasked_where_it_pays(direction, layout):
     assert algo((4, 64, 28, 28), (96, 64, 5, 5), padding=2) == "winograd"
     assert algo((4, 3, 224, 224), (64, 3, 5, 5), padding=2) == "im2col"
     assert algo((1, 64, 4, 4), (64, 64, 3, 3)) == "im2col"  # too little work
-    assert algo((1, 1024, 56, 56), (1024, 1024, 3, 3)) == "im2col"  # filters of 144 MiB
+    large = algo((1, 1024, 56, 56), (1024, 1024, 3, 3))  # wgrad: sums of 144 MiB
+    assert large == ("im2col" if direction == "wgrad" else "winograd")
 
 
 def test_the_plan_says_what_it_saves_and_takes():
@@ -179,6 +180,10 @@ def test_the_plan_says_what_it_saves_and_takes():
     assert "36 products for 16 outputs, not 144" in reason and "less work" in reason
     assert taken.kernel == "conv2d_winograd_fprop"
     assert taken.workspace_bytes >= 4 * 36 * 64 * 64  # the transformed filters
+    for x, w in [((1, 512, 28, 28), 512), ((32, 512, 7, 7), 512), ((32, 256, 14, 14), 256), ((64, 64, 56, 56), 64)]:
+        for direction in ("fprop", "dgrad", "wgrad"):
+            large = plan(x, (w, x[1], 3, 3), direction=direction)
+            assert large.algo == "winograd" and large.workspace_bytes < 30 * 2**20, (x, direction)
     with pytest.raises(ValueError, match="algo='winograd': winograd needs 3×3 or 5×5 filters, here 3×2"):
         plan((1, 3, 8, 8), (4, 3, 3, 2), algo="winograd")
     with pytest.raises(ValueError, match="algo='winograd': winograd needs stride 1 and dilation 1"):

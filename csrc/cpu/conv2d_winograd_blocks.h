@@ -36,7 +36,7 @@ struct Tiles {
   }
 };
 
-// wgrad by F(5×5, 2×2) would lose too much. It computes 3×3 taps at a time, so four pieces of a 5×5 filter.
+// wgrad by F(5×5, 2×2) would lose too much. It computes 3×3 taps at a time, so a 5×5 filter in four pieces.
 inline int64_t wgrad_pieces(const Conv2dProblem& p) { return pieces_of(p.R, 3) * pieces_of(p.R, 3); }
 
 // plan.tile_k: tiles of a chunk
@@ -66,33 +66,37 @@ inline GatherForm gather_form(const Conv2dProblem& p, const Tiles& tiles, Direct
   return tiles.chunks() >= 16 ? GatherForm::apart : GatherForm::chunks;
 }
 
-// wgrad: a task adds up a block of filters × channels of a piece, for some of the 36 matrices, over the tiles of a
-// chunk. If that is all there is of the block, its sums stay in scratch; else they are kept in the workspace.
+// wgrad: a task adds up a block of filters × channels, for some of the 36 matrices, over the tiles of a chunk. If that
+// is all there is of the block, its sums stay in scratch; else they are kept in the workspace.
 struct WgradTasks {
-  int64_t pieces, k_blocks, c_blocks, parts;
+  int64_t k_blocks, c_blocks, parts;
   bool kept;
   int64_t matrix, block;  // of sums: elements of one matrix and of 36
 
-  int64_t blocks() const { return pieces * k_blocks * c_blocks; }
+  int64_t blocks() const { return k_blocks * c_blocks; }
 };
 inline WgradTasks wgrad_tasks(const Conv2dProblem& p, const Conv2dPlan& plan, const Tiles& tiles) {
   WgradTasks t{};
-  t.pieces = wgrad_pieces(p);
   t.k_blocks = pieces_of(p.filters_per_group(), plan.tile_m);
   t.c_blocks = pieces_of(p.channels_per_group(), plan.tile_n);
   t.parts = 1;
-  while (t.blocks() * t.parts < 16 && t.parts < tile_products) t.parts *= t.parts == 4 ? 3 : t.parts == 12 ? 3 : 2;
+  while (t.blocks() * t.parts < 16 && t.parts < tile_products) t.parts *= t.parts == 4 || t.parts == 12 ? 3 : 2;
   t.kept = t.parts > 1 || tiles.chunks() > 1;
   t.matrix = plan.tile_m * plan.tile_n + line;
   t.block = tile_products * t.matrix;
   return t;
 }
 
+// Transformed tiles: [panel of channels][f][tile][width], so that a task reads them in one piece. For panels of any
+// width from 4 on, channels being whole ones.
+inline int64_t tiles_matrix(int64_t tiles, int64_t width) { return tiles * width + line; }
+inline int64_t tiles_elements(int64_t tiles, int64_t channels) { return tile_products * channels * (tiles + line / 4); }
+
 // Offsets into the workspace, for one group at a time.
 struct WinogradMemory {
   int64_t filters, filters_matrix;  // fprop, dgrad: 36 of [panel of produced][contracted][panel_cols]
-  int64_t x, x_matrix;              // 36 of [chain][tile][channel]; wgrad: [piece][panel of channels][tile][panel_cols]
-  int64_t dy, dy_matrix;            // wgrad: 36 of [panel of filters][tile][panel_cols]
+  int64_t x;                        // transformed tiles, in panels of a chain; wgrad: of panel_cols
+  int64_t dy;                       // wgrad: transformed tiles, in panels of panel_cols
   int64_t dw;                       // wgrad, where they are kept: sums, [block][f][filter][channel]
   int64_t box_sums, sums;           // wgrad: Σ dy of each box of a chunk, [box][filter], and of all
   int64_t end;
@@ -104,17 +108,15 @@ inline WinogradMemory winograd_memory(const Conv2dProblem& p, const Conv2dPlan& 
     const int64_t contracted = contracted_channels(p, plan.direction);
     if (gather_form(p, tiles, plan.direction) != GatherForm::passing)
       m.filters_matrix = whole_panels(produced_channels(p, plan.direction)) * contracted + line;
-    m.x_matrix = tiles.chunk_tiles() * pieces_of(contracted, chain) * chain + line;
     m.x = m.filters + tile_products * m.filters_matrix;
     m.end = m.x + slack;
-    if (gather_form(p, tiles, plan.direction) != GatherForm::apart) m.end += tile_products * m.x_matrix;
+    if (gather_form(p, tiles, plan.direction) != GatherForm::apart)
+      m.end += tiles_elements(tiles.chunk_tiles(), whole_panels(contracted));
   } else {
     const int64_t channels = whole_panels(p.channels_per_group()), filters = whole_panels(p.filters_per_group());
     const WgradTasks tasks = wgrad_tasks(p, plan, tiles);
-    m.x_matrix = tiles.chunk_tiles() * tasks.pieces * channels + line;
-    m.dy_matrix = tiles.chunk_tiles() * filters + line;
-    m.dy = m.x + tile_products * m.x_matrix;
-    m.dw = m.dy + tile_products * m.dy_matrix;
+    m.dy = m.x + tiles_elements(tiles.chunk_tiles(), channels);
+    m.dw = m.dy + tiles_elements(tiles.chunk_tiles(), filters);
     m.box_sums = m.dw + (tasks.kept ? tasks.blocks() * tasks.block : 0);
     m.sums = m.box_sums + tiles.chunk_boxes * filters;
     m.end = m.sums + filters + slack;
@@ -147,7 +149,8 @@ inline WinogradScratch winograd_scratch(const Conv2dProblem& p, const Conv2dPlan
   const int64_t end = s.filters + tile_products * s.filters_matrix + slack;
   if (end > s.end) s.end = end;
   s.x = s.end;
-  if (form == GatherForm::apart) s.end += tile_products * winograd_memory(p, plan).x_matrix + slack;
+  if (form == GatherForm::apart)
+    s.end += tiles_elements(tiles.chunk_tiles(), whole_panels(contracted_channels(p, plan.direction))) + slack;
   return s;
 }
 

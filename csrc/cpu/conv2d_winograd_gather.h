@@ -81,6 +81,44 @@ void transform_all_filters(const WinogradGather<T>& g, int64_t group, acc_t<T>* 
   });
 }
 
+// Brings line `index` of a chain × chain block of filters into L2, where the taps' order in memory allows it: the
+// filters that are neighbours there.
+template <int R, typename T>
+void prefetch_filters(const Filters<T>& f, const T* block, int64_t index) {
+  const T* from = block + index * max_of(f.m, f.channel);
+  const auto prefetch = [](const T* begin, int64_t count) {
+    for (const char *at = (const char*)begin, *end = (const char*)(begin + count); at < end; at += 64)
+      __builtin_prefetch(at, 0, 2);
+  };
+  if (f.s == 1) return prefetch(from, chain * R * R);
+  for (int64_t tap = 0; tap < R * R; ++tap) prefetch(from + tap / R * f.r + tap % R * f.s, chain);
+}
+
+// products[f][tile][m] of `count` tiles of X[chain][f][tile][chain] and of m_count produced channels from m0 on, whose
+// filters are transformed a chain of channels at a time. The next ones are on their way meanwhile.
+template <int R, typename T>
+void multiply_passing(const WinogradGather<T>& g, int64_t group, int64_t m0, int64_t m_count, const acc_t<T>* x,
+                      int64_t x_matrix, int64_t count, const WinogradScratch& layout, acc_t<T>* own) {
+  using E = acc_t<T>;
+  constexpr int width = panel_cols<E>;
+  E *const products = own + layout.products, *const filters = own + layout.filters;
+  for (int64_t ch = 0; ch == 0 || ch < g.contracted; ch += chain, x += tile_products * x_matrix) {
+    const int64_t depth = min_of(chain, g.contracted - ch);
+    for (int64_t m = 0; m < m_count; m += width)
+      for (int64_t at = 0; at < depth; at += packed_channels<R>)
+        transform_filters<R>(g, group, m0 + m, ch + at, min_of(packed_channels<R>, depth - at),
+                             filters + m * depth + at * width, layout.filters_matrix);
+    const bool whole = m_count >= chain && ch + 2 * chain <= g.contracted;
+    const T* next = g.filters.data + group * g.filters.group + m0 * g.filters.m + (ch + chain) * g.filters.channel;
+    for (int64_t f = 0; f < tile_products; ++f) {
+      if (whole && f < chain) prefetch_filters<R>(g.filters, next, f);
+      for (int64_t m = 0; m < m_count; m += width)
+        multiply_chain<chain, 1>(count, depth, x + f * x_matrix, filters + f * layout.filters_matrix + m * depth,
+                                 products + f * layout.products_matrix + m, layout.products_row, ch > 0);
+    }
+  }
+}
+
 // Step × Step tiles of one row, from out position (row, col) on: outputs[Step][Step·tiles][panel_cols] to where they
 // belong.
 template <int Step, typename T>
@@ -113,40 +151,15 @@ bool winograd_gather(const Conv2dProblem& pr, const Conv2dPlan& plan, const Wino
   bool spoilt = false;
   for (int64_t group = 0; group < pr.groups; ++group) {
     if (form != GatherForm::passing) transform_all_filters<R>(g, group, filters, memory.filters_matrix, parallel);
-    // products[f][tile][m] of m_count produced channels from m0 on
-    const auto multiply = [&](const E* x, int64_t count, int64_t t0, int64_t t1, int64_t m0, int64_t m_count, E* own) {
-      E *const products = own + layout.products, *const passing = own + layout.filters;
-      if (form == GatherForm::passing) {
-        for (int64_t ch = 0; ch == 0 || ch < g.contracted; ch += chain) {
-          const int64_t depth = min_of(chain, g.contracted - ch);
-          for (int64_t m = 0; m < m_count; m += width)
-            for (int64_t at = 0; at < depth; at += packed_channels<R>)
-              transform_filters<R>(g, group, m0 + m, ch + at, min_of(packed_channels<R>, depth - at),
-                                   passing + m * depth + at * width, layout.filters_matrix);
-          for (int64_t f = 0; f < tile_products; ++f)
-            for (int64_t m = 0; m < m_count; m += width)
-              multiply_chain<chain, 1>(t1 - t0, depth, x + f * memory.x_matrix + ch * count + t0 * chain,
-                                       passing + f * layout.filters_matrix + m * depth,
-                                       products + f * layout.products_matrix + m, layout.products_row, ch > 0);
-        }
-      } else {
-        for (int64_t f = 0; f < tile_products; ++f)
-          for (int64_t ch = 0; ch == 0 || ch < g.contracted; ch += chain)
-            for (int64_t m = 0; m < m_count; m += width)
-              multiply_chain<chain, 1>(t1 - t0, min_of(chain, g.contracted - ch),
-                                       x + f * memory.x_matrix + ch * count + t0 * chain,
-                                       filters + f * memory.filters_matrix + (m0 + m) * g.contracted + ch * width,
-                                       products + f * layout.products_matrix + m, layout.products_row, ch > 0);
-      }
-    };
     const auto chunk = [&](int64_t box0, E* x, char* scratch, const Parallel& parallel) {
       const int64_t boxes = min_of(tiles.chunk_boxes, tiles.boxes - box0);
       const int64_t chunk0 = tiles.first(box0), count = tiles.first(box0 + boxes) - chunk0;
+      const int64_t matrix = tiles_matrix(count, chain);
       for_each_task(parallel, boxes * panels, [&](int worker, int64_t task) {
         const int64_t ch = task % panels * width, ch_count = min_of<int64_t>(width, g.contracted - ch);
         transform_box<InputMatrix, step>(g.source, tiles, box0 + task / panels, chunk0, group * g.contracted + ch,
                                          ch_count,
-                                         {x + ch / chain * chain * count + ch % chain, memory.x_matrix, chain},
+                                         {x + ch / chain * tile_products * matrix + ch % chain, matrix, chain},
                                          (E*)nullptr, (E*)(scratch + worker * plan.scratch_bytes) + layout.stage);
       });
       const int64_t tile_blocks = ceil_div(count, plan.tile_m);
@@ -155,7 +168,17 @@ bool winograd_gather(const Conv2dProblem& pr, const Conv2dPlan& plan, const Wino
         const int64_t m0 = task % m_blocks * plan.tile_n, m_count = min_of<int64_t>(plan.tile_n, g.produced - m0);
         E* const own = (E*)(scratch + worker * plan.scratch_bytes);
         E *const products = own + layout.products, *const outputs = own + layout.outputs;
-        multiply(x, count, t0, t1, m0, m_count, own);
+        if (form == GatherForm::passing) {
+          multiply_passing<R>(g, group, m0, m_count, x + t0 * chain, matrix, t1 - t0, layout, own);
+        } else {
+          for (int64_t f = 0; f < tile_products; ++f)
+            for (int64_t ch = 0; ch == 0 || ch < g.contracted; ch += chain)
+              for (int64_t m = 0; m < m_count; m += width)
+                multiply_chain<chain, 1>(t1 - t0, min_of(chain, g.contracted - ch),
+                                         x + (ch / chain * tile_products + f) * matrix + t0 * chain,
+                                         filters + f * memory.filters_matrix + (m0 + m) * g.contracted + ch * width,
+                                         products + f * layout.products_matrix + m, layout.products_row, ch > 0);
+        }
         vec_t<E> zero{};  // NaN where a result was not finite
         for (int64_t m = 0; m < m_count; m += width) {
           const int64_t channel = group * g.produced + m0 + m, channels = min_of<int64_t>(width, m_count - m);

@@ -209,7 +209,8 @@ void plan_im2col(const Conv2dProblem& p, Conv2dPlan& plan) {
 }
 
 // The products of a task stay in L2, with what they are made of where the filters are transformed in passing; chunks of
-// transformed tiles stay in L3, within workspaces of about 16 MiB.
+// transformed tiles stay in L3. wgrad takes more of them, up to 28 MiB, where that saves it to keep sums, which would
+// take as much.
 void plan_winograd(const Conv2dProblem& p, Conv2dPlan& plan) {
   Conv2dPlan fallback = plan;  // for results that are not finite
   plan_im2col(p, fallback);
@@ -220,7 +221,11 @@ void plan_winograd(const Conv2dProblem& p, Conv2dPlan& plan) {
   };
   if (plan.direction == Direction::wgrad) {
     plan.tile_m = 32;
-    plan.tile_k = tiles_of(1 << 22, wgrad_pieces(p) * p.channels_per_group() + p.filters_per_group());
+    const int64_t channels = p.channels_per_group() + p.filters_per_group();
+    const int64_t sums = tile_products * p.channels_per_group() * p.filters_per_group();
+    plan.tile_k = tiles_of(std::clamp<int64_t>(sums, 1 << 22, 7 << 20), channels);
+    if (wgrad_tasks(p, plan, make_tiles(p, plan.direction, plan.tile_k)).kept)
+      plan.tile_k = tiles_of(std::clamp<int64_t>(2 * sums, 5 << 18, 1 << 22), channels);
   } else {
     const int64_t contracted = contracted_channels(p, plan.direction);
     plan.tile_m = contracted < 192 ? 48 : 64;
@@ -254,15 +259,17 @@ double winograd_saving(const Conv2dProblem& p, Direction direction) {
 }
 
 constexpr double enough_saving = 1.25;
-constexpr int64_t enough_multiply_adds = 1 << 22, most_filter_bytes = 1 << 27;
+constexpr int64_t enough_multiply_adds = 1 << 22, most_sum_bytes = 1 << 27;
 
-int64_t winograd_filter_bytes(const Conv2dProblem& p) {
-  return tile_products * (p.w_elements() / (p.R * p.S)) * sum_bytes(p);
+// wgrad's, in the worst case
+int64_t winograd_sum_bytes(const Conv2dProblem& p, Direction direction) {
+  if (direction != Direction::wgrad) return 0;
+  return tile_products * p.channels_per_group() * p.filters_per_group() * sum_bytes(p);
 }
 
 bool winograd_wins(const Conv2dProblem& p, Direction direction) {
   return fits_winograd(p) && p.dtype != DType::float64 && !multiplies_bfloat16(p, direction) &&
-         p.multiply_adds() >= enough_multiply_adds && winograd_filter_bytes(p) <= most_filter_bytes &&
+         p.multiply_adds() >= enough_multiply_adds && winograd_sum_bytes(p, direction) <= most_sum_bytes &&
          winograd_saving(p, direction) >= enough_saving;
 }
 
@@ -274,8 +281,8 @@ std::string why_not_winograd(const Conv2dProblem& p, Direction direction, const 
   if (multiplies_bfloat16(p, direction))
     return "its transforms are computed in float, where a product takes twice as long as in bfloat16";
   if (p.multiply_adds() < enough_multiply_adds) return "too little work to be worth three passes";
-  if (winograd_filter_bytes(p) > most_filter_bytes)
-    return "its filters would take " + std::to_string(winograd_filter_bytes(p) >> 20) + " MiB";
+  if (winograd_sum_bytes(p, direction) > most_sum_bytes)
+    return "its sums would take " + std::to_string(winograd_sum_bytes(p, direction) >> 20) + " MiB";
   return "transforms and all counted, it saves a factor of " + saving + " only";
 }
 
