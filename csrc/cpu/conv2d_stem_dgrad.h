@@ -112,13 +112,15 @@ void stem_dgrad(const Conv2dProblem& p, const Conv2dPlan& plan, const T* dy, con
           multiply_stem_taps(steps, (r1 - r0) * row_taps, workspace + k0 * depth + r0 * row_taps,
                              b + panel * k_count * cols, cols, c + panel * cols, c_row, k0 > 0, next);
       }
-      for (int64_t i = 0; i < count; ++i) {
+      // s outside: what has just been stored is not loaded again at another offset.
+      for (int64_t s = 0; s < p.S; ++s) {
+        const int64_t col = s % p.stride_w * strips.phase_row + s / p.stride_w;
         for (int64_t r = r0; r < r1; ++r) {
-          E* to = sums + ((row + i) * p.stride_h - p.pad_h + r - h0) * dx_row;
-          const E* from = c + (r - r0) * row_taps * c_row + i * p.Q;
-          for (int64_t s = 0; s < p.S; ++s)
-            for (int64_t ch = 0; ch < p.C; ++ch, from += c_row)
-              add_row(from, p.Q, to + ch * strips.plane_row() + s % p.stride_w * strips.phase_row + s / p.stride_w);
+          const E* from = c + ((r - r0) * p.S + s) * p.C * c_row;
+          E* to = sums + (row * p.stride_h - p.pad_h + r - h0) * dx_row + col;
+          for (int64_t ch = 0; ch < p.C; ++ch)
+            for (int64_t i = 0; i < count; ++i)
+              add_row(from + ch * c_row + i * p.Q, p.Q, to + i * p.stride_h * dx_row + ch * strips.plane_row());
         }
       }
     }
