@@ -104,8 +104,6 @@ inline void pack_transposed_panel(const bfloat16_t* in, int64_t in_pitch, int64_
     }
 }
 
-constexpr int pair_rows = 12;  // × 2 registers of sums: 24 chains for 2 loads and 12 broadcasts
-
 // Where finished rows of C go, with a bias and a ReLU: rows of bfloat16.
 struct FinishedRows {
   bfloat16_t* data;
@@ -118,13 +116,14 @@ struct FinishedRows {
   }
 };
 
+// A tile of C is pair_rows × pair_cols: 24 registers of sums, for 2 loads and 12 broadcasts.
 // C += A·B, or if they are finished, out = C + A·B. first: there is no C yet. The loops over rows are unrolled early,
-// so that rows and sums never are arrays in memory.
-template <int Rows>
+// so that rows and sums never are arrays in memory. Registers: two, or one where a panel ends with 16 idle columns.
+template <int Rows, int Registers>
 void multiply_pairs_tile(int64_t pairs, const bfloat16_t* a, int64_t a_row, int64_t a_pair, const bfloat16_t* b,
                          float* c, int64_t c_row, bool first, const FinishedRows* out) {
   const bfloat16_t* rows[(Rows + 2) / 3];
-  __m512 sums[Rows][2];
+  __m512 sums[Rows][2];  // with one register, the right ones are zero
 #pragma GCC unroll 16
   for (int i = 0; i < Rows; ++i) {
     if (i % 3 == 0) rows[i / 3] = a + i * a_row;
@@ -138,21 +137,21 @@ void multiply_pairs_tile(int64_t pairs, const bfloat16_t* a, int64_t a_row, int6
       memcpy(&bits, rows[i / 3] + at + i % 3 * a_row, 4);
       const __m512bh value = (__m512bh)_mm512_set1_epi32(bits);
       sums[i][0] = _mm512_dpbf16_ps(sums[i][0], value, left);
-      sums[i][1] = _mm512_dpbf16_ps(sums[i][1], value, right);
+      if (Registers > 1) sums[i][1] = _mm512_dpbf16_ps(sums[i][1], value, right);
     }
   }
   if (!first) {
 #pragma GCC unroll 16
     for (int i = 0; i < Rows; ++i) {
       sums[i][0] += _mm512_loadu_ps(c + i * c_row);
-      sums[i][1] += _mm512_loadu_ps(c + i * c_row + 16);
+      if (Registers > 1) sums[i][1] += _mm512_loadu_ps(c + i * c_row + 16);
     }
   }
   if (!out) {
 #pragma GCC unroll 16
     for (int i = 0; i < Rows; ++i) {
       _mm512_storeu_ps(c + i * c_row, sums[i][0]);
-      _mm512_storeu_ps(c + i * c_row + 16, sums[i][1]);
+      if (Registers > 1) _mm512_storeu_ps(c + i * c_row + 16, sums[i][1]);
     }
     return;
   }
@@ -180,28 +179,30 @@ void multiply_pairs_tile(int64_t pairs, const bfloat16_t* a, int64_t a_row, int6
   }
 }
 
-template <int Rows>
+template <int Rows, int Registers>
 void multiply_pairs_rows(int64_t rows, int64_t pairs, const bfloat16_t* a, int64_t a_row, int64_t a_pair,
                          const bfloat16_t* b, float* c, int64_t c_row, bool first, const FinishedRows* out) {
   if constexpr (Rows > 1)
-    if (rows < Rows) return multiply_pairs_rows<Rows - 1>(rows, pairs, a, a_row, a_pair, b, c, c_row, first, out);
-  multiply_pairs_tile<Rows>(pairs, a, a_row, a_pair, b, c, c_row, first, out);
+    if (rows < Rows)
+      return multiply_pairs_rows<Rows - 1, Registers>(rows, pairs, a, a_row, a_pair, b, c, c_row, first, out);
+  multiply_pairs_tile<Rows, Registers>(pairs, a, a_row, a_pair, b, c, c_row, first, out);
 }
 
 // Rows outside, panels inside: the rows of A stay in L1 while panels stream from L2. begin(i, end) is called before the
 // panels of rows i … end−1. out: null, or where C goes, which then is finished.
 template <typename Begin>
-FASTCONV_INLINE void multiply_pairs(int64_t rows, int64_t panels, int64_t pairs, const bfloat16_t* a, int64_t a_row,
+FASTCONV_INLINE void multiply_pairs(int64_t rows, int64_t cols, int64_t pairs, const bfloat16_t* a, int64_t a_row,
                                     int64_t a_pair, const bfloat16_t* b, int64_t b_panel, float* c, int64_t c_row,
                                     bool first, const FinishedRows* out, const Begin& begin) {
   const int64_t tiles = ceil_div(rows, pair_rows);
   for (int64_t tile = 0; tile < tiles; ++tile) {
     const int64_t i = tile * rows / tiles, end = (tile + 1) * rows / tiles;
     begin(i, end);
-    for (int64_t panel = 0; panel < panels; ++panel) {
-      const FinishedRows here = out ? out->from(i, panel * pair_cols) : FinishedRows{};
-      multiply_pairs_rows<pair_rows>(end - i, pairs, a + i * a_row, a_row, a_pair, b + panel * b_panel,
-                                     c + i * c_row + panel * pair_cols, c_row, first, out ? &here : nullptr);
+    for (int64_t col = 0; col < cols; col += pair_cols) {
+      const FinishedRows here = out ? out->from(i, col) : FinishedRows{};
+      const auto multiply = cols - col <= 16 ? multiply_pairs_rows<pair_rows, 1> : multiply_pairs_rows<pair_rows, 2>;
+      multiply(end - i, pairs, a + i * a_row, a_row, a_pair, b + col / pair_cols * b_panel, c + i * c_row + col, c_row,
+               first, out ? &here : nullptr);
     }
   }
 }

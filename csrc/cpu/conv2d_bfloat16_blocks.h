@@ -11,7 +11,8 @@
 namespace fastconv::cpu {
 namespace {
 
-constexpr int64_t pair_cols = 32;    // columns of a panel: two registers of sums
+constexpr int pair_rows = 12;        // of a tile of C
+constexpr int64_t pair_cols = 32;    // of a tile and of a panel: two registers of sums
 constexpr int64_t spill = 32;        // a whole register of bfloat16 may be written from any element on
 constexpr int64_t staged_rows = 32;  // wgrad: pixels whose patches are made at a time
 

@@ -46,12 +46,11 @@ void gather_bfloat16(const Conv2dProblem& pr, const Conv2dPlan& plan, const Gath
   const int64_t tile_channels = whole_panels(block_channels(pr, plan));
   const int64_t largest = pr.N * phases.largest_rows.outputs * phases.largest_cols.outputs;
   const int64_t m_blocks = ceil_div(produced, tile_channels), pixel_blocks = ceil_div(largest, tile_pixels);
-  const int64_t phase_tasks = pixel_blocks * pr.groups * m_blocks, out_plane = out_height * out_width;
+  // Groups whose channels share lines of memory are one task's: two threads that write a line wait for each other.
+  const int64_t group_step = ceil_div(64, produced), group_blocks = ceil_div(pr.groups, group_step);
+  const int64_t phase_tasks = pixel_blocks * group_blocks * m_blocks, out_plane = out_height * out_width;
   const Bfloat16Scratch layout = bfloat16_gather_scratch(pr, plan);
-  for_each_task(parallel, phases.rows * phases.cols * phase_tasks, [&](int worker, int64_t task) {
-    const int64_t phase = task / phase_tasks, m0 = task % m_blocks * tile_channels;
-    const int64_t group = task / m_blocks % pr.groups;
-    const int64_t pixel0 = task % phase_tasks / m_blocks / pr.groups * tile_pixels;
+  const auto block = [&](int worker, int64_t phase, int64_t pixel0, int64_t group, int64_t m0) {
     const Bfloat16Gather g = gather_of(phase / phases.cols, phase % phases.cols);
     const Bfloat16Patches& p = g.patches;
     const int64_t pixels = p.pixels(), depth_step = even(balanced(g.depth, plan.tile_k));
@@ -94,7 +93,7 @@ void gather_bfloat16(const Conv2dProblem& pr, const Conv2dPlan& plan, const Gath
         for (; last && direct && i < end; ++i)
           for (int64_t m = 0; m < m_count; m += 32) __builtin_prefetch(finished.data + i * out_row + m, 1);
       };
-      multiply_pairs(count, panels, even(t1 - t0) / 2, a, a_row, 2, g.panel(group, m0 / pair_cols) + t0 * pair_cols,
+      multiply_pairs(count, m_count, even(t1 - t0) / 2, a, a_row, 2, g.panel(group, m0 / pair_cols) + t0 * pair_cols,
                      even(g.depth) * pair_cols, c, c_row, t0 == 0, last ? &finished : nullptr, prefetch);
       t0 = t1;
     } while (t0 < g.depth);
@@ -120,6 +119,12 @@ void gather_bfloat16(const Conv2dProblem& pr, const Conv2dPlan& plan, const Gath
       }
       at += length;
     }
+  };
+  for_each_task(parallel, phases.rows * phases.cols * phase_tasks, [&](int worker, int64_t task) {
+    const int64_t group0 = task / m_blocks % group_blocks * group_step;
+    for (int64_t group = group0; group < min_of(pr.groups, group0 + group_step); ++group)
+      block(worker, task / phase_tasks, task % phase_tasks / m_blocks / group_blocks * tile_pixels, group,
+            task % m_blocks * tile_channels);
   });
 }
 

@@ -101,8 +101,7 @@ inline void wgrad_bfloat16(const Conv2dProblem& pr, const Conv2dPlan& plan, cons
             }
         }
       });
-      multiply_pairs(k_count, panels, pairs, a, a_row, 2, b, b_panel, c, c_row, false, nullptr,
-                     [](int64_t, int64_t) {});
+      multiply_pairs(k_count, depth, pairs, a, a_row, 2, b, b_panel, c, c_row, false, nullptr, [](int64_t, int64_t) {});
     }
     const int64_t filter = group * kg + k0;
     out.with_piece(piece, [&](auto* dw, auto* db) {

@@ -138,6 +138,7 @@ void plan_gather(const Conv2dProblem& p, Conv2dPlan& plan) {
     if (!filters_in_place(p, plan.direction)) plan.workspace_bytes = aligned(p.w_elements() * sum_bytes(p));
   } else {
     plan.tile_m = int(balanced(p.N * rows * cols, pixels));
+    if (multiplies_bfloat16(p, plan.direction)) plan.tile_m = int(pieces_of(plan.tile_m, pair_rows) * pair_rows);
     plan.tile_n = int(std::min(channels, whole_panels(produced)));
     plan.workspace_bytes = p.groups * whole_panels(produced) * contracted * p.R * p.S * sum_bytes(p);
   }
