@@ -11,10 +11,10 @@
 namespace fastconv::cpu {
 namespace {
 
-constexpr int pair_rows = 12;        // of a tile of C
-constexpr int64_t pair_cols = 32;    // of a tile and of a panel: two registers of sums
-constexpr int64_t spill = 32;        // a whole register of bfloat16 may be written from any element on
-constexpr int64_t staged_rows = 32;  // wgrad: pixels whose patches are made at a time
+constexpr int pair_rows = 12;          // of a tile of C
+constexpr int64_t pair_cols = 32;      // of a tile and of a panel: two registers of sums
+constexpr int64_t spill = 32;          // a whole register of bfloat16 may be written from any element on
+constexpr int64_t staged_pixels = 32;  // wgrad: pixels whose patches are made at a time
 
 inline int64_t even(int64_t n) { return n + n % 2; }
 inline int64_t lines_of(int64_t bytes) { return pieces_of(bytes, 64) * 64 + 64; }
@@ -101,7 +101,7 @@ inline Bfloat16Scratch bfloat16_wgrad_scratch(const Conv2dProblem& p, const Conv
   s.pairs = (pixels + pieces_of(pixels, std::max<int64_t>(p.P * p.Q, 1)) + 1) / 2;  // NCHW: no pair of two images
   s.a_row = depth + spill;
   s.rows = lines_of((filters + 1) * (2 * s.pairs + spill) * 2);  // A: dy
-  s.b = s.rows + lines_of((staged_rows + 1) * s.a_row * 2);      // rows: patches
+  s.b = s.rows + lines_of((staged_pixels + 1) * s.a_row * 2);    // rows: patches
   s.c = s.b + lines_of(depth * s.pairs * 4);
   s.end = s.c + lines_of(filters * (depth + 1) * 4);
   return s;

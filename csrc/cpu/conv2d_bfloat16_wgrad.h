@@ -89,8 +89,8 @@ inline void wgrad_bfloat16(const Conv2dProblem& pr, const Conv2dPlan& plan, cons
         for (int64_t panel = 0; from_planes && panel < panels; ++panel)
           pack_transposed_panel(x + (n * pr.C + group * cg + c0 + panel * pair_cols) * image + pixel, image,
                                 min_of(pair_cols, c_count - panel * pair_cols), run.length, panel0 + panel * b_panel);
-        for (int64_t at = 0; !from_planes && at < run.length; at += staged_rows) {
-          const int64_t staged = min_of(staged_rows, run.length - at);
+        for (int64_t at = 0; !from_planes && at < run.length; at += staged_pixels) {
+          const int64_t staged = min_of(staged_pixels, run.length - at);
           pack_patch_rows(p, group * cg + c0, c_count, tap0, run.pixel + at, staged, 0, depth, rows, layout.a_row);
           for (int64_t i = 0; i < staged; i += 2)
             for (int64_t panel = 0; panel < panels; ++panel) {
