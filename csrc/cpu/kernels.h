@@ -97,7 +97,7 @@ struct Kernels {
 
 const Kernels& kernels();                   // for the best instruction set that this machine has
 std::vector<const Kernels*> all_kernels();  // those that this machine can run, plainest first
-void use_isa(const char* isa);              // for tests: "baseline", "avx2", "avx512", "avx512_bf16"; throws if it is not there
+void use_isa(const char* isa);  // for tests: "baseline", "avx2", "avx512", "avx512_bf16"; throws if it is not there
 
 const Conv2dKernels& conv2d_kernels(Algo algo);
 
