@@ -1,4 +1,6 @@
-"""Depthwise 3×3 convolution in NCHW on a CPU: strides, paddings, tails of rows, blocks of rows, groups of planes."""
+"""Depthwise convolution on a CPU. 3×3 in NCHW: strides, paddings, tails of rows, blocks of rows, groups of planes. NHWC:
+channels that fill vectors and that do not, taps that lie outside, tasks of several rows.
+"""
 
 import itertools
 
@@ -28,9 +30,19 @@ CASES = [
 ]
 
 
-def check(case, dtype):
+NHWC_CASES = [
+    Case("two vectors and a half", (2, 40, 7, 9), (40, 1, 3, 3), padding=(1, 1), groups=40),
+    Case("stride 2", (1, 35, 9, 8), (35, 1, 3, 3), (2, 2), (1, 1), groups=35),
+    Case("5x4", (1, 19, 8, 9), (19, 1, 5, 4), padding=(2, 3), groups=19),
+    Case("no output reads inside with all taps", (1, 17, 3, 2), (17, 1, 3, 4), (1, 1), (1, 2), groups=17),
+    Case("dilation", (1, 33, 9, 11), (33, 1, 3, 3), (1, 2), (2, 3), (2, 3), 33),
+    Case("tasks of several rows", (2, 18, 61, 5), (18, 1, 3, 3), padding=(1, 1), groups=18),
+]
+
+
+def check(case, dtype, layout="contiguous"):
     try:
-        test_conv2d.check(CPU, case, dtype, algo="depthwise")
+        test_conv2d.check(CPU, case, dtype, layout, "depthwise")
     except AssertionError as error:
         raise AssertionError(f"{case}: {error}") from None
 
@@ -52,6 +64,16 @@ def test_depthwise_3x3_of_other_types(isas, isa, dtype):
     fastconv._introspect.use_isa(isa)
     for case in CASES[::7]:
         check(case, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_channels_last(isas, isa, dtype):
+    if isa not in isas:
+        pytest.skip(f"this machine has no {isa}")
+    fastconv._introspect.use_isa(isa)
+    for case in NHWC_CASES:
+        check(case, dtype, "channels_last")
 
 
 @pytest.mark.parametrize("stride", [(1, 1), (2, 2)])

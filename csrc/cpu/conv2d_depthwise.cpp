@@ -13,16 +13,14 @@
 namespace fastconv::cpu {
 namespace {
 
-// dw and db from the pieces, added in order.
+// dw and db from NCHW's pieces, added in order.
 template <typename T>
-void reduce_wgrad(const Conv2dProblem& pr, const Conv2dPlan& plan, const acc_t<T>* partial, T* dw, T* db) {
+void reduce_nchw(const Conv2dProblem& pr, const Conv2dPlan& plan, const acc_t<T>* partial, T* dw, T* db) {
   const int64_t taps = pr.R * pr.S, piece_elements = (taps + 1) * pr.C;
-  const int64_t c_step = pr.layout == Layout::NCHW ? taps + 1 : 1, tap_step = pr.layout == Layout::NCHW ? 1 : pr.C;
   for (int64_t c = 0; c < pr.C; ++c) {
     for (int64_t t = 0; t <= taps; ++t) {
       acc_t<T> sum = 0;
-      for (int64_t piece = 0; piece < plan.split; ++piece)
-        sum += partial[piece * piece_elements + c * c_step + t * tap_step];
+      for (int64_t piece = 0; piece < plan.split; ++piece) sum += partial[piece * piece_elements + c * (taps + 1) + t];
       if (t < taps)
         dw[c * taps + t] = from_acc<T>(sum);
       else if (db)
@@ -40,7 +38,7 @@ void fprop(const Conv2dProblem& problem, const Conv2dPlan& plan, const void* x, 
     else if (problem.layout == Layout::NCHW)
       fprop_nchw(problem, plan, (const T*)x, (const T*)w, (const T*)bias, (T*)y, (char*)scratch, parallel);
     else
-      fprop_nhwc(problem, (const T*)x, (const T*)w, (const T*)bias, (T*)y, (acc_t<T>*)workspace, parallel);
+      fprop_nhwc(problem, plan, (const T*)x, (const T*)w, (const T*)bias, (T*)y, (acc_t<T>*)workspace, parallel);
   });
 }
 
@@ -53,7 +51,7 @@ void dgrad(const Conv2dProblem& problem, const Conv2dPlan& plan, const void* dy,
     else if (problem.layout == Layout::NCHW)
       dgrad_nchw(problem, plan, (const T*)dy, (const T*)w, (T*)dx, (char*)scratch, parallel);
     else
-      dgrad_nhwc(problem, (const T*)dy, (const T*)w, (T*)dx, (acc_t<T>*)workspace, parallel);
+      dgrad_nhwc(problem, plan, (const T*)dy, (const T*)w, (T*)dx, (acc_t<T>*)workspace, parallel);
   });
 }
 
@@ -62,13 +60,15 @@ void wgrad(const Conv2dProblem& problem, const Conv2dPlan& plan, const void* dy,
   dispatch(problem.dtype, [&](auto element) {
     using T = decltype(element);
     auto* partial = (acc_t<T>*)workspace;
+    if (problem.layout == Layout::NHWC) {
+      wgrad_nhwc(problem, plan, (const T*)dy, (const T*)x, partial, parallel);
+      return reduce_nhwc(problem, plan, partial, (T*)dw, (T*)db, parallel);
+    }
     if (depthwise_3x3(problem))
       wgrad_3x3(problem, plan, (const T*)dy, (const T*)x, partial, (char*)scratch, parallel);
-    else if (problem.layout == Layout::NCHW)
-      wgrad_nchw(problem, plan, (const T*)dy, (const T*)x, partial, (char*)scratch, parallel);
     else
-      wgrad_nhwc(problem, plan, (const T*)dy, (const T*)x, partial, parallel);
-    reduce_wgrad(problem, plan, partial, (T*)dw, (T*)db);
+      wgrad_nchw(problem, plan, (const T*)dy, (const T*)x, partial, (char*)scratch, parallel);
+    reduce_nchw(problem, plan, partial, (T*)dw, (T*)db);
   });
 }
 

@@ -74,13 +74,15 @@ void plan_depthwise_3x3(const Conv2dProblem& p, Conv2dPlan& plan) {
 void plan_depthwise(const Conv2dProblem& p, Conv2dPlan& plan) {
   if (depthwise_3x3(p)) return plan_depthwise_3x3(p, plan);
   plan.kernel = pick(plan.direction, "conv2d_depthwise_fprop", "conv2d_depthwise_dgrad", "conv2d_depthwise_wgrad");
-  const int64_t taps = p.R * p.S;
+  const int64_t taps = p.R * p.S, channels = pieces_of(p.C, 16) * 16;  // whole vectors
   if (p.layout == Layout::NHWC) {
     if (plan.direction != Direction::wgrad) {
-      plan.workspace_bytes = taps * p.C * sum_bytes(p);
+      const int64_t rows = plan.direction == Direction::dgrad ? p.H : p.P;
+      plan.tile_m = int(balanced(rows, std::clamp<int64_t>(p.N * rows / (2 * enough_tasks), 1, 8)));
+      plan.workspace_bytes = taps * channels * sum_bytes(p);
     } else {
       plan.split = int(std::clamp<int64_t>(p.N * p.P, 1, enough_tasks));
-      plan.workspace_bytes = plan.split * (taps + 1) * p.C * sum_bytes(p);
+      plan.workspace_bytes = plan.split * (taps + 1) * channels * sum_bytes(p);
     }
     return;
   }
