@@ -1,5 +1,7 @@
-"""Depthwise convolution on a CPU. 3×3 in NCHW: strides, paddings, tails of rows, blocks of rows, groups of planes. NHWC:
-channels that fill vectors and that do not, taps that lie outside, tasks of several rows.
+"""Depthwise convolution on a CPU.
+
+3×3 in NCHW: strides, paddings, tails of rows, blocks of rows, groups of planes. NHWC: channels that fill vectors and
+that do not, taps that lie outside, tasks of several rows.
 """
 
 import itertools
