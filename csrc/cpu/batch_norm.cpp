@@ -30,6 +30,7 @@ void train_nchw(const BatchNormProblem& p, const T* x, const T* residual, T* y, 
   for_each_task(parallel, ceil_div(p.C, group), [&](int, int64_t task) {
     const int64_t first = task * group, n = min_of(group, p.C - first);
     Affine<acc_t<T>> affine[max_group];
+    if (p.L < short_plane) prefetch_planes(x + first * p.L, stride, p.N, n * p.L);
     for (int64_t c = 0; c < n; ++c) {
       Moments moments{};
       for (int64_t i = 0; i < chunks.count; ++i) merge_chunk(moments, x + (first + c) * p.L, stride, chunks[i]);

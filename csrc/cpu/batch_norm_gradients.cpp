@@ -36,6 +36,10 @@ void backward_nchw(const BatchNormProblem& p, const T* dy, const T* x, const T* 
   for_each_task(parallel, ceil_div(p.C, group), [&](int, int64_t task) {
     const int64_t first = task * group, n = min_of(group, p.C - first);
     Backward<acc_t<T>> b[max_group];
+    if (p.L < short_plane) {
+      prefetch_planes(x + first * p.L, stride, p.N, n * p.L);
+      prefetch_planes(dy + first * p.L, stride, p.N, n * p.L);
+    }
     for (int64_t c = 0; c < n; ++c) {
       const int64_t begin = (first + c) * p.L;
       Sums sums{};
