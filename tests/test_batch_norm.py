@@ -12,6 +12,7 @@ IMAGES = [(4, 3, 5, 7), (1, 5, 3, 4), (3, 1, 6, 2), (9, 4, 1, 1), (2, 70, 3, 1),
 OTHERS = [(7, 17), (2, 1), (5, 6, 9), (2, 3, 2, 3, 4)]  # after a fully connected layer, sequences, volumes
 MEDIUM_SIZES = [(4, 3, 50, 51), (300, 70), (2, 130, 9, 8), (1, 2, 90, 91), (65, 33, 3, 2), (3, 5, 700), (3, 2, 91, 127)]
 LARGE_SIZES = [(4, 40, 37, 41), (33, 300), (2, 130, 14, 15), (3, 5, 130, 121), (300, 70, 2, 3), (1, 2, 300, 301)]
+BEYOND_CACHES = [(2, 32, 240, 224), (2, 17, 305, 320), (2, 48, 183, 191), (27, 2, 262, 240)]
 LAYOUTS = ("contiguous", "channels_last", "slices")
 RESULTS = ("y", "dx", "dweight", "dbias", "running_mean", "running_var")
 
@@ -227,6 +228,16 @@ def test_medium(backend, size, layout, training):
 def test_large(native_backend, size, layout, training):
     for dtype in (torch.float32, torch.bfloat16):
         check(native_backend, (torch.randn(size) * 3 - 1).to(dtype), layout, training)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("size", BEYOND_CACHES, ids=str)
+def test_beyond_caches(native_backend, size, layout, training):
+    """What is too large for the caches is written past them, where its rows are whole lines."""
+    x = torch.randn(size) + 1
+    check(native_backend, x, layout, training)
+    check_act(native_backend, x, layout, training, with_residual=True)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])

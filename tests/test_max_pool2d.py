@@ -154,9 +154,47 @@ def test_medium(backend, case, layout):
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("taps", [2, 3])
+def test_two_apart(backend, taps, layout):
+    """Every way to begin and to end a row or column, in rows of less than a vector, of one, and of more."""
+    for width in (1, 2, 3, 14, 15, 16, 17, 31, 32, 33, 34, 63, 64, 65, 66, 67):
+        for height in (2, 3, 4, 5):
+            for padding in ((0, 0), (1, 0), (0, 1), (1, 1)):
+                for ceil_mode in (False, True):
+                    if taps > min(height + 2 * padding[0], width + 2 * padding[1]):
+                        continue
+                    window = ((taps, taps), (2, 2), padding, (1, 1), ceil_mode)
+                    size = (2, 2, height, width) if layout == "contiguous" else (2, width + 3, height, 4)
+                    x = lay_out(torch.randint(0, 9, size).float(), layout)
+                    check_gradient(backend, x, window)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("taps", [2, 3])
+def test_offsets_outside_of_windows_two_apart(backend, taps, layout):
+    """Image n has the offset n everywhere, which may be none of the window or one outside of x."""
+    for padding in (0, 1):
+        size, window = (12, 20, 5, 7), ((taps, taps), (2, 2), (padding, padding), 1, False, layout == "channels_last")
+        offsets = torch.arange(12).reshape(-1, 1, 1, 1)
+        offsets = offsets.expand(F.max_pool2d(torch.empty(size), taps, 2, padding).shape)
+        dy = torch.randn(offsets.shape)
+        p, q = torch.meshgrid(*(torch.arange(n) for n in dy.shape[2:]), indexing="ij")
+        h, w = 2 * p - padding + offsets // taps, 2 * q - padding + offsets % taps
+        names_one = (offsets < taps**2) & (h >= 0) & (h < 5) & (w >= 0) & (w < 7)
+        indices = torch.where(names_one, 7 * h + w, 0).flatten(2)
+        expected = torch.zeros(12, 20, 35).scatter_add(2, indices, (dy * names_one).flatten(2)).view(size)
+        dx = fastconv._ops.max_pool2d_backward(
+            *(backend.put(lay_out(t, layout)) for t in (dy, offsets.byte())), size, *window
+        )
+        assert (dx.cpu() - expected).abs().max() <= 4 * 2**-23 * dy.abs().max()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize(
     "case",
     [
+        Case("3x3 s2, more than a block of channels", (1, 1030, 4, 5), (3, 3), (2, 2), (1, 1)),
+        Case("3x3 s2, long rows", (1, 2, 3, 4100), (3, 3), (2, 2), (1, 1)),
         Case("2x2", (3, 40, 56, 57), (2, 2), (2, 2)),
         Case("3x3 s2 p1", (2, 67, 40, 39), (3, 3), (2, 2), (1, 1)),
         Case("3x3 s2", (2, 33, 55, 54), (3, 3), (2, 2)),

@@ -17,14 +17,20 @@
 namespace fastconv::cpu {
 namespace {
 
+// That a call reads and writes.
+template <Act act>
+constexpr int tensors = act == Act::add_relu ? 3 : 2;
+
 template <Act act, typename T>
 void train_nchw(const BatchNormProblem& p, const T* x, const T* residual, T* y, const Channels<acc_t<T>>& channels,
                 const Parallel& parallel) {
   const Chunks chunks = chunks_of(p);
   const int64_t stride = p.C * p.L, group = group_channels(p);
+  const bool past_caches = goes_past_caches(p, tensors<act>);
   for_each_task(parallel, ceil_div(p.C, group), [&](int, int64_t task) {
     const int64_t first = task * group, n = min_of(group, p.C - first);
     Affine<acc_t<T>> affine[max_group];
+    if (p.L < short_plane) prefetch_planes(x + first * p.L, stride, p.N, n * p.L);
     for (int64_t c = 0; c < n; ++c) {
       Moments moments{};
       for (int64_t i = 0; i < chunks.count; ++i) merge_chunk(moments, x + (first + c) * p.L, stride, chunks[i]);
@@ -33,7 +39,7 @@ void train_nchw(const BatchNormProblem& p, const T* x, const T* residual, T* y, 
     for_each_plane(chunks, [&](const Chunk& plane) {
       for (int64_t c = 0; c < n; ++c) {
         const int64_t begin = (first + c) * p.L;
-        apply_chunk<act>(x + begin, residual + begin, y + begin, stride, plane, affine[c]);
+        apply_chunk<act>(x + begin, residual + begin, y + begin, stride, plane, affine[c], past_caches);
       }
     });
   });
@@ -44,7 +50,7 @@ template <typename T>
 void gather_moments(const BatchNormProblem& p, const Pieces& pieces, const T* x, const Workspace<acc_t<T>>& workspace,
                     const Parallel& parallel) {
   const int64_t C = p.C, stride = p.C * p.L;
-  for_each_piece(
+  for_each_piece<false>(
       pieces, parallel,
       [&](int64_t s, int64_t begin, int64_t end, int64_t first, int64_t n) {
         row_moments(x + begin * C + first, C, end - begin, n, workspace.first(s) + first, workspace.second(s) + first);
@@ -78,37 +84,40 @@ void train_split(const BatchNormProblem& p, const BatchNormPlan& plan, const T* 
   const Pieces pieces(p, plan);
   acc_t<T>*scale = workspace.coefficient(0), *shift = workspace.coefficient(1);
   const int64_t C = p.C, stride = p.C * p.L;
+  const bool past_caches = goes_past_caches(p, tensors<act>);
   gather_moments(p, pieces, x, workspace, parallel);
   for_each_merged(pieces, workspace, parallel, [&](int64_t c, const Moments& moments) {
     const Affine<acc_t<T>> a = finish(channels, c, moments);
     scale[c] = a.scale;
     shift[c] = a.shift;
   });
-  for_each_piece(
+  for_each_piece<true>(
       pieces, parallel,
       [&](int64_t, int64_t begin, int64_t end, int64_t first, int64_t n) {
         const int64_t i = begin * C + first;
         apply_rows<act>(x + i, residual + i, y + i, C, end - begin, n,
-                        AffineRow<acc_t<T>>{channels.mean, scale, shift}.from(first));
+                        AffineRow<acc_t<T>>{channels.mean, scale, shift}.from(first), past_caches);
       },
       [&](int64_t, int64_t begin, int64_t end, int64_t c) {
         for (int64_t i = begin; i < end; ++i)
           apply_chunk<act>(x + c * p.L, residual + c * p.L, y + c * p.L, stride, pieces.chunks[i],
-                           {channels.mean[c], scale[c], shift[c]});
+                           {channels.mean[c], scale[c], shift[c]}, past_caches);
       });
 }
 
 template <Act act, typename T>
 void eval_nchw(const BatchNormProblem& p, const T* x, const T* residual, T* y, const Parameters<acc_t<T>>& parameters,
                const Parallel& parallel) {
+  const bool past_caches = goes_past_caches(p, tensors<act>);
   for_each_unit(p, parallel, [&](int64_t c, int64_t begin, const Chunk& chunk) {
-    apply_chunk<act>(x + begin, residual + begin, y + begin, 0, chunk, affine_of(parameters, c));
+    apply_chunk<act>(x + begin, residual + begin, y + begin, 0, chunk, affine_of(parameters, c), past_caches);
   });
 }
 
 template <Act act, typename T>
 void eval_nhwc(const BatchNormProblem& p, const T* x, const T* residual, T* y, const Parameters<acc_t<T>>& parameters,
                const Parallel& parallel) {
+  const bool past_caches = goes_past_caches(p, tensors<act>);
   for_each_rows(p, parallel, [&](int64_t first, int64_t n, int64_t row, int64_t rows) {
     acc_t<T> center[wide_channels], scale[wide_channels], shift[wide_channels];
     for (int64_t i = 0; i < n; ++i) {
@@ -118,7 +127,7 @@ void eval_nhwc(const BatchNormProblem& p, const T* x, const T* residual, T* y, c
       shift[i] = a.shift;
     }
     const int64_t begin = row * p.C + first;
-    apply_rows<act>(x + begin, residual + begin, y + begin, p.C, rows, n, {center, scale, shift});
+    apply_rows<act>(x + begin, residual + begin, y + begin, p.C, rows, n, {center, scale, shift}, past_caches);
   });
 }
 

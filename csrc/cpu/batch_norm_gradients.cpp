@@ -14,6 +14,10 @@
 namespace fastconv::cpu {
 namespace {
 
+// That a call reads and writes.
+template <Act act>
+constexpr int tensors = act == Act::add_relu ? 5 : 3;
+
 // The affine that forward applied to channel c; without a ReLU, its center alone.
 template <Act act, typename S>
 Affine<S> affine_of(const Gradients<S>& g, int64_t c, int64_t C) {
@@ -28,9 +32,14 @@ void backward_nchw(const BatchNormProblem& p, const T* dy, const T* x, const T* 
   constexpr Act rest = act == Act::add_relu ? Act::none : act;  // what is left to do once dz is written
   const Chunks chunks = chunks_of(p);
   const int64_t stride = p.C * p.L, group = group_channels(p);
+  const bool past_caches = goes_past_caches(p, tensors<act>);
   for_each_task(parallel, ceil_div(p.C, group), [&](int, int64_t task) {
     const int64_t first = task * group, n = min_of(group, p.C - first);
     Backward<acc_t<T>> b[max_group];
+    if (p.L < short_plane) {
+      prefetch_planes(x + first * p.L, stride, p.N, n * p.L);
+      prefetch_planes(dy + first * p.L, stride, p.N, n * p.L);
+    }
     for (int64_t c = 0; c < n; ++c) {
       const int64_t begin = (first + c) * p.L;
       Sums sums{};
@@ -46,9 +55,9 @@ void backward_nchw(const BatchNormProblem& p, const T* dy, const T* x, const T* 
         const int64_t begin = (first + c) * p.L;
         if (g.training)
           apply_gradient<rest>(from + begin, x + begin, dx + begin, stride, plane, affine_of<act>(g, first + c, p.C),
-                               g.invstd[first + c], b[c]);
+                               g.invstd[first + c], b[c], past_caches);
         else
-          apply_chunk(from + begin, dx + begin, stride, plane, {0, b[c].dy_scale, 0});
+          apply_chunk(from + begin, dx + begin, stride, plane, {0, b[c].dy_scale, 0}, past_caches);
       }
     });
   });
@@ -62,9 +71,10 @@ void backward_split(const BatchNormProblem& p, const BatchNormPlan& plan, const 
   const Pieces pieces(p, plan);
   acc_t<T>*dy_scale = workspace.coefficient(0), *x_scale = workspace.coefficient(1), *shift = workspace.coefficient(2);
   const int64_t C = p.C, stride = p.C * p.L;
+  const bool past_caches = goes_past_caches(p, tensors<act>);
   AffineRow<acc_t<T>> affine{g.mean, nullptr, nullptr};
   if (act == Act::relu) affine.scale = g.affine, affine.shift = g.affine + C;
-  for_each_piece(
+  for_each_piece<false>(
       pieces, parallel,
       [&](int64_t s, int64_t begin, int64_t end, int64_t first, int64_t n) {
         const int64_t i = begin * C + first;
@@ -97,16 +107,16 @@ void backward_split(const BatchNormProblem& p, const BatchNormPlan& plan, const 
   });
   if (!dx) return;
   const T* from = act == Act::add_relu ? dz : dy;
-  for_each_piece(
+  for_each_piece<true>(
       pieces, parallel,
       [&](int64_t, int64_t begin, int64_t end, int64_t first, int64_t n) {
         const int64_t i = begin * C + first, rows = end - begin;
         if (g.training)
           apply_gradient_rows<rest>(from + i, x + i, dx + i, C, rows, n, affine.from(first),
-                                    {g.invstd + first, dy_scale + first, x_scale + first, shift + first});
+                                    {g.invstd + first, dy_scale + first, x_scale + first, shift + first}, past_caches);
         else  // shift is zero
           apply_rows<Act::none, T>(from + i, nullptr, dx + i, C, rows, n,
-                                   {shift + first, dy_scale + first, shift + first});
+                                   {shift + first, dy_scale + first, shift + first}, past_caches);
       },
       [&](int64_t, int64_t begin, int64_t end, int64_t c) {
         const Backward<acc_t<T>> b{dy_scale[c], x_scale[c], shift[c]};
@@ -114,24 +124,26 @@ void backward_split(const BatchNormProblem& p, const BatchNormPlan& plan, const 
         for (int64_t i = begin; i < end; ++i)
           if (g.training)
             apply_gradient<rest>(from + first, x + first, dx + first, stride, pieces.chunks[i], affine_of<act>(g, c, C),
-                                 g.invstd[c], b);
+                                 g.invstd[c], b, past_caches);
           else
-            apply_chunk(from + first, dx + first, stride, pieces.chunks[i], {0, b.dy_scale, 0});
+            apply_chunk(from + first, dx + first, stride, pieces.chunks[i], {0, b.dy_scale, 0}, past_caches);
       });
 }
 
 template <typename T>
 void apply_gradients_nchw(const BatchNormProblem& p, const T* dy, const T* x, T* dx, const GradientMeans<acc_t<T>>& g,
                           const Parallel& parallel) {
+  const bool past_caches = goes_past_caches(p, tensors<Act::none>);
   for_each_unit(p, parallel, [&](int64_t c, int64_t begin, const Chunk& chunk) {
     apply_gradient<Act::none>(dy + begin, x + begin, dx + begin, 0, chunk, {g.mean[c], 0, 0}, g.invstd[c],
-                              backward_of(g, c));
+                              backward_of(g, c), past_caches);
   });
 }
 
 template <typename T>
 void apply_gradients_nhwc(const BatchNormProblem& p, const T* dy, const T* x, T* dx, const GradientMeans<acc_t<T>>& g,
                           const Parallel& parallel) {
+  const bool past_caches = goes_past_caches(p, tensors<Act::none>);
   for_each_rows(p, parallel, [&](int64_t first, int64_t n, int64_t row, int64_t rows) {
     acc_t<T> dy_scale[wide_channels], x_scale[wide_channels], shift[wide_channels];
     for (int64_t i = 0; i < n; ++i) {
@@ -142,7 +154,7 @@ void apply_gradients_nhwc(const BatchNormProblem& p, const T* dy, const T* x, T*
     }
     const int64_t begin = row * p.C + first;
     apply_gradient_rows<Act::none>(dy + begin, x + begin, dx + begin, p.C, rows, n, {g.mean + first, nullptr, nullptr},
-                                   {g.invstd + first, dy_scale, x_scale, shift});
+                                   {g.invstd + first, dy_scale, x_scale, shift}, past_caches);
   });
 }
 

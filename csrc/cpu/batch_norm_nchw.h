@@ -27,6 +27,13 @@ Chunks chunks_of(const BatchNormProblem& p) {
   return {p.N, p.L, a_plane, planes, ceil_div(p.N, planes) * a_plane};
 }
 
+// Asks memory for `length` values of each plane of a few channels: of runs so short the processor foresees none.
+template <typename T>
+void prefetch_planes(const T* x, int64_t stride, int64_t N, int64_t length) {
+  for (int64_t n = 0; n < N; ++n)
+    for (int64_t i = 0; i < length; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(x + n * stride + i, 0, 2);
+}
+
 // Calls f for the same values again, in chunks of one plane or part of one.
 template <typename F>
 FASTCONV_INLINE void for_each_plane(const Chunks& chunks, const F& f) {
@@ -52,7 +59,10 @@ Sums chunk_sums(const T* x, int64_t stride, const Chunk& chunk, acc_t<T> shift) 
     const T* row = x + n * stride;
     int64_t l = chunk.l_begin;
     for (; l + unroll * lanes<T> <= chunk.l_end; l += unroll * lanes<T>)
-      for (int k = 0; k < unroll; ++k) add(k, load(row + l + k * lanes<T>));
+      for (int k = 0; k < unroll; ++k) {
+        __builtin_prefetch(row + l + k * lanes<T> + prefetch_elements);
+        add(k, load(row + l + k * lanes<T>));
+      }
     for (; l + lanes<T> <= chunk.l_end; l += lanes<T>) add(0, load(row + l));
     for (; l < chunk.l_end; ++l) {
       const acc_t<T> v = to_acc(row[l]) - shift;
@@ -93,15 +103,17 @@ void merge_chunk(Moments& moments, const T* x, int64_t stride, const Chunk& chun
 
 // residual is read for add_relu only, and has the place of x.
 template <Act act, typename T>
-void apply_chunk(const T* x, const T* residual, T* y, int64_t stride, const Chunk& chunk, const Affine<acc_t<T>>& a) {
+void apply_chunk(const T* x, const T* residual, T* y, int64_t stride, const Chunk& chunk, const Affine<acc_t<T>>& a,
+                 bool past_caches) {
   for (int64_t n = chunk.n_begin; n < chunk.n_end; ++n) {
     const T *from = x + n * stride, *add = act == Act::add_relu ? residual + n * stride : nullptr;
     T* to = y + n * stride;
     int64_t l = chunk.l_begin;
+    const bool past = past_caches && is_aligned(to + l);
     for (; l + lanes<T> <= chunk.l_end; l += lanes<T>) {
       vec_t<T> z = (load(from + l) - a.center) * a.scale + a.shift;
       if constexpr (act == Act::add_relu) z += load(add + l);
-      store(to + l, act == Act::none ? z : relu(z));
+      store_to(to + l, act == Act::none ? z : relu(z), past);
     }
     for (; l < chunk.l_end; ++l) {
       acc_t<T> z = (to_acc(from[l]) - a.center) * a.scale + a.shift;
@@ -109,10 +121,11 @@ void apply_chunk(const T* x, const T* residual, T* y, int64_t stride, const Chun
       to[l] = from_acc<T>(act == Act::none ? z : relu(z));
     }
   }
+  end_stores(past_caches);
 }
 template <typename T>
-void apply_chunk(const T* x, T* y, int64_t stride, const Chunk& chunk, const Affine<acc_t<T>>& a) {
-  apply_chunk<Act::none, T>(x, nullptr, y, stride, chunk, a);
+void apply_chunk(const T* x, T* y, int64_t stride, const Chunk& chunk, const Affine<acc_t<T>>& a, bool past_caches) {
+  apply_chunk<Act::none, T>(x, nullptr, y, stride, chunk, a, past_caches);
 }
 
 // Adds Σ dz and Σ dz·(x − mean). dz is dy for none; for relu, dy where the affine of x is positive; for add_relu, dy
@@ -160,7 +173,7 @@ void add_gradient_sums(Sums& sums, const T* dy, const T* x, const T* y, T* dz, i
 // For none and relu; where add_relu has written dz, none goes on with that.
 template <Act act, typename T>
 void apply_gradient(const T* dy, const T* x, T* dx, int64_t stride, const Chunk& chunk, const Affine<acc_t<T>>& a,
-                    acc_t<T> invstd, const Backward<acc_t<T>>& b) {
+                    acc_t<T> invstd, const Backward<acc_t<T>>& b, bool past_caches) {
   static_assert(act != Act::add_relu);
   const auto of = [&](auto g, auto v) {
     if constexpr (act == Act::relu) g = gradient_of_relu(g, (v - a.center) * a.scale + a.shift);
@@ -170,9 +183,11 @@ void apply_gradient(const T* dy, const T* x, T* dx, int64_t stride, const Chunk&
     const T *g = dy + n * stride, *v = x + n * stride;
     T* to = dx + n * stride;
     int64_t l = chunk.l_begin;
-    for (; l + lanes<T> <= chunk.l_end; l += lanes<T>) store(to + l, of(load(g + l), load(v + l)));
+    const bool past = past_caches && is_aligned(to + l);
+    for (; l + lanes<T> <= chunk.l_end; l += lanes<T>) store_to(to + l, of(load(g + l), load(v + l)), past);
     for (; l < chunk.l_end; ++l) to[l] = from_acc<T>(of(to_acc(g[l]), to_acc(v[l])));
   }
+  end_stores(past_caches);
 }
 
 }  // namespace

@@ -10,30 +10,36 @@ constexpr int64_t chunk_rows = 512;
 constexpr int64_t block_channels = 256;  // whose sums stay in the first-level cache
 
 // Element (row, channel) is at [row·stride + channel]. Rows are taken four at a time, so that a channel's sums and
-// coefficients are loaded once for four values.
+// coefficients are loaded once for four values; they lie far apart, since four streams come from memory faster than
+// one.
+
+// What is asked of memory ahead of its use.
+FASTCONV_INLINE int64_t prefetch_rows(int64_t stride) { return max_of<int64_t>(prefetch_elements / stride, 1); }
 
 // s1, s2 = Σ (x − shift), Σ (x − shift)² of each channel.
 template <typename T>
 void row_sums(const T* x, int64_t stride, int64_t rows, int64_t channels, const acc_t<T>* shift, acc_t<T>* s1,
               acc_t<T>* s2) {
   for (int64_t c = 0; c < channels; ++c) s1[c] = s2[c] = 0;
-  int64_t row = 0;
-  for (; row + 4 <= rows; row += 4, x += 4 * stride) {
+  const int64_t quarter = rows / 4, step = quarter * stride, ahead = prefetch_rows(stride) * stride;
+  for (int64_t row = 0; row < quarter; ++row, x += stride) {
     int64_t c = 0;
     for (; c + lanes<T> <= channels; c += lanes<T>) {
-      const vec_t<T> center = load(shift + c), a = load(x + c) - center, b = load(x + stride + c) - center;
-      const vec_t<T> d = load(x + 2 * stride + c) - center, e = load(x + 3 * stride + c) - center;
+      for (int k = 0; k < 4; ++k) __builtin_prefetch(x + k * step + ahead + c);
+      const vec_t<T> center = load(shift + c), a = load(x + c) - center, b = load(x + step + c) - center;
+      const vec_t<T> d = load(x + 2 * step + c) - center, e = load(x + 3 * step + c) - center;
       store(s1 + c, load(s1 + c) + ((a + b) + (d + e)));
       store(s2 + c, load(s2 + c) + ((a * a + b * b) + (d * d + e * e)));
     }
     for (; c < channels; ++c)
       for (int64_t k = 0; k < 4; ++k) {
-        const acc_t<T> v = to_acc(x[k * stride + c]) - shift[c];
+        const acc_t<T> v = to_acc(x[k * step + c]) - shift[c];
         s1[c] += v;
         s2[c] += v * v;
       }
   }
-  for (; row < rows; ++row, x += stride)
+  x += 3 * step;
+  for (int64_t row = 4 * quarter; row < rows; ++row, x += stride)
     for (int64_t c = 0; c < channels; ++c) {
       const acc_t<T> v = to_acc(x[c]) - shift[c];
       s1[c] += v;
@@ -147,15 +153,17 @@ void row_gradient_sums(const T* dy, const T* x, const T* y, T* dz, int64_t strid
         s1[c] += g;
         s2[c] += g * (v - block.center[c]);
       };
-      int64_t row = begin;
-      for (; row + 4 <= end; row += 4) {
+      const int64_t quarter = (end - begin) / 4, step = quarter * stride, ahead = prefetch_rows(stride) * stride;
+      for (int64_t row = begin; row < begin + quarter; ++row) {
         const int64_t i = row * stride + first;
         int64_t c = 0;
         for (; c + lanes<T> <= n; c += lanes<T>) {
           const vec_t<T> m = load(block.center + c);
           vec_t<T> g[4], v[4];
           for (int k = 0; k < 4; ++k) {
-            const int64_t at = i + k * stride + c;
+            const int64_t at = i + k * step + c;
+            __builtin_prefetch(dy + at + ahead);
+            __builtin_prefetch(x + at + ahead);
             g[k] = load(dy + at);
             v[k] = load(x + at);
             if constexpr (act == Act::relu)
@@ -170,9 +178,9 @@ void row_gradient_sums(const T* dy, const T* x, const T* y, T* dz, int64_t strid
           store(s2 + c, load(s2 + c) + (low + high));
         }
         for (; c < n; ++c)
-          for (int64_t k = 0; k < 4; ++k) add_one(i + k * stride, c);
+          for (int64_t k = 0; k < 4; ++k) add_one(i + k * step, c);
       }
-      for (; row < end; ++row)
+      for (int64_t row = begin + 4 * quarter; row < end; ++row)
         for (int64_t c = 0; c < n; ++c) add_one(row * stride + first, c);
       for (int64_t c = 0; c < n; ++c) {
         sum_dy[first + c] += s1[c];
@@ -185,14 +193,15 @@ void row_gradient_sums(const T* dy, const T* x, const T* y, T* dz, int64_t strid
 // power of two.
 template <Act act, typename T>
 void apply_rows(const T* x, const T* residual, T* y, int64_t stride, int64_t rows, int64_t channels,
-                const AffineRow<acc_t<T>>& a) {
+                const AffineRow<acc_t<T>>& a, bool past_caches) {
   for (int64_t row = 0; row < rows; ++row) {
     const int64_t i = row * stride;
+    const bool past = past_caches && is_aligned(y + i);
     int64_t c = 0;
     for (; c + lanes<T> <= channels; c += lanes<T>) {
       vec_t<T> z = (load(x + i + c) - load(a.center + c)) * load(a.scale + c) + load(a.shift + c);
       if constexpr (act == Act::add_relu) z += load(residual + i + c);
-      store(y + i + c, act == Act::none ? z : relu(z));
+      store_to(y + i + c, act == Act::none ? z : relu(z), past);
     }
     for (; c < channels; ++c) {
       acc_t<T> z = (to_acc(x[i + c]) - a.center[c]) * a.scale[c] + a.shift[c];
@@ -200,6 +209,7 @@ void apply_rows(const T* x, const T* residual, T* y, int64_t stride, int64_t row
       y[i + c] = from_acc<T>(act == Act::none ? z : relu(z));
     }
   }
+  end_stores(past_caches);
 }
 
 // The coefficients of Backward for neighbouring channels.
@@ -211,15 +221,16 @@ struct BackwardRow {
 // dx = dz·dy_scale + (x − mean)·invstd·x_scale + shift, for none and relu as in apply_gradient.
 template <Act act, typename T>
 void apply_gradient_rows(const T* dy, const T* x, T* dx, int64_t stride, int64_t rows, int64_t channels,
-                         const AffineRow<acc_t<T>>& a, const BackwardRow<acc_t<T>>& b) {
+                         const AffineRow<acc_t<T>>& a, const BackwardRow<acc_t<T>>& b, bool past_caches) {
   static_assert(act != Act::add_relu);
   for (int64_t row = 0; row < rows; ++row, x += stride, dy += stride, dx += stride) {
+    const bool past = past_caches && is_aligned(dx);
     int64_t c = 0;
     for (; c + lanes<T> <= channels; c += lanes<T>) {
       const vec_t<T> centred = load(x + c) - load(a.center + c), x_hat = centred * load(b.invstd + c);
       vec_t<T> g = load(dy + c);
       if constexpr (act == Act::relu) g = gradient_of_relu(g, centred * load(a.scale + c) + load(a.shift + c));
-      store(dx + c, g * load(b.dy_scale + c) + (x_hat * load(b.x_scale + c) + load(b.shift + c)));
+      store_to(dx + c, g * load(b.dy_scale + c) + (x_hat * load(b.x_scale + c) + load(b.shift + c)), past);
     }
     for (; c < channels; ++c) {
       const acc_t<T> centred = to_acc(x[c]) - a.center[c], x_hat = centred * b.invstd[c];
@@ -228,6 +239,7 @@ void apply_gradient_rows(const T* dy, const T* x, T* dx, int64_t stride, int64_t
       dx[c] = from_acc<T>(g * b.dy_scale[c] + (x_hat * b.x_scale[c] + b.shift[c]));
     }
   }
+  end_stores(past_caches);
 }
 
 }  // namespace

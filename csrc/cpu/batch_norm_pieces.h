@@ -9,12 +9,21 @@
 namespace fastconv::cpu {
 namespace {
 
-constexpr int64_t max_group = 16;           // NCHW: channels of a task
+constexpr int64_t max_group = 64;           // NCHW: channels of a task
+constexpr int64_t short_plane = 1024;       // NCHW: a plane of fewer values is asked of memory with its neighbours
 constexpr int64_t wide_channels = 1024;     // NHWC: of a task
 constexpr int64_t finish_channels = 64;     // of a task that merges pieces
 constexpr int64_t eval_elements = 1 << 18;  // of a task in evaluation, where each task derives its coefficients
 
 bool is_nhwc(const BatchNormProblem& p) { return p.L == 1 || (p.layout == Layout::NHWC && p.C > 1); }
+
+// Whether the last of a call's tensors is written past the caches: if they do not fit into them together, and rows are
+// whole lines.
+constexpr int64_t cache_bytes = 24 << 20;
+bool goes_past_caches(const BatchNormProblem& p, int tensors) {
+  const int64_t bytes = element_bytes(p.dtype), row = is_nhwc(p) ? p.C : p.L;
+  return row * bytes % 64 == 0 && tensors * p.x_elements() * bytes > cache_bytes;
+}
 
 // Piece s of `count` things: [begin, end).
 struct Piece {
@@ -60,11 +69,14 @@ struct Pieces {
   }
 };
 
-// Runs rows(s, begin, end, first, n) for n channels in NHWC, chunks(s, begin, end, c) for one in NCHW, for every piece.
-template <typename Rows, typename OneChannel>
+// Runs rows(s, begin, end, first, n) for n channels in NHWC, chunks(s, begin, end, c) for one in NCHW, for every piece;
+// if backwards, those first that came last before: of these most is still in the cache.
+template <bool backwards, typename Rows, typename OneChannel>
 void for_each_piece(const Pieces& pieces, const Parallel& parallel, const Rows& rows, const OneChannel& chunks) {
   const int64_t width = pieces.nhwc ? wide_channels : 1, ranges = ceil_div(pieces.C, width);
-  for_each_task(parallel, pieces.split * ranges, [&](int, int64_t task) {
+  const int64_t tasks = pieces.split * ranges;
+  for_each_task(parallel, tasks, [&](int, int64_t i) {
+    const int64_t task = backwards ? tasks - 1 - i : i;
     const int64_t s = task / ranges, first = task % ranges * width;
     const Piece piece = pieces[s];
     if (pieces.nhwc)
