@@ -123,15 +123,28 @@ inline int64_t stage_elements(const Axis& rows, const Axis& cols, const PixelBlo
   return make_strips(rows, block.i).elements() * cols.taps * block.j;
 }
 
-// Whether rows of w are those of A: (c, r, s) of a filter.
+// fprop and dgrad along pixels: whether the filters are read where they lie, the taps of a channel being neighbours.
+// For dgrad a channel's filters are far apart, so that there should be a few taps.
 inline bool filters_in_place(const Conv2dProblem& p, Direction direction) {
-  return direction == Direction::fprop && (p.layout == Layout::NCHW || p.R * p.S == 1) &&
-         (p.dtype == DType::float32 || p.dtype == DType::float64);
+  return (p.dtype == DType::float32 || p.dtype == DType::float64) && (p.layout == Layout::NCHW || p.R * p.S == 1) &&
+         (direction == Direction::fprop || (p.stride_h == 1 && p.stride_w == 1 && p.R * p.S > 1));
 }
 
-// One thread's scratch, as offsets in elements; offsets (int64) of the rows of B come first.
+// fprop and dgrad along channels: whether patches are read where they lie, in pieces of one pixel's channels.
+inline bool patches_in_place(const Conv2dProblem& p, Direction direction) {
+  return contracted_channels(p, direction) >= 16 && (p.dtype == DType::float32 || p.dtype == DType::float64);
+}
+
+// wgrad along pixels: whether the staged rows are joined, each column of the filter having its own copy.
+inline bool joins_rows(int64_t cols) { return cols < 64; }
+// wgrad along channels: whether patches are read where they lie, a vector of a pixel's channels at a time.
+inline bool reads_pixels(const Conv2dProblem& p) {
+  return p.channels_per_group() % 16 == 0 && (p.dtype == DType::float32 || p.dtype == DType::float64);
+}
+
+// One thread's scratch, as offsets in elements; where rows of A or B lie (int64, or pointers) comes first.
 struct Scratch {
-  int64_t stage, a, b, c, end;
+  int64_t rows, stage, a, b, c, end;
 };
 
 // fprop and dgrad. Along pixels, rows of C are channels and columns are pixels (tile_n = pixels); along channels, it is
@@ -152,9 +165,13 @@ inline Scratch gather_scratch(const Conv2dProblem& p, const Conv2dPlan& plan) {
     s.c = s.b + (packed ? whole_panels(block.pixels()) * depth.depth() : 0) + slack;
     s.end = s.c + plan.tile_m * c_row + slack;
   } else {
-    s.stage = slack;
-    s.a = s.stage;
-    s.b = s.a + plan.tile_m * (plan.tile_k + slack) + slack;
+    const int64_t contracted = contracted_channels(p, plan.direction);
+    const bool in_place = patches_in_place(p, plan.direction);
+    const int64_t pieces = in_place ? pieces_of(plan.tile_k, contracted < 1 ? 1 : contracted) : 1;
+    s.rows = 2 * plan.tile_m * pieces + slack;  // an int64 takes two floats
+    s.stage = s.rows + 2 * plan.tile_m + slack;
+    s.a = s.stage + contracted + slack;
+    s.b = s.a + (in_place ? 0 : plan.tile_m * (plan.tile_k + max_panel_cols)) + slack;
     s.c = s.b;
     s.end = s.c + plan.tile_m * whole_panels(plan.tile_n) + slack;
   }
@@ -165,19 +182,23 @@ inline Scratch gather_scratch(const Conv2dProblem& p, const Conv2dPlan& plan) {
 // and columns are patch elements (r, s, c). tile_k = pixels.
 inline Scratch wgrad_scratch(const Conv2dProblem& p, const Conv2dPlan& plan) {
   Scratch s{};
-  s.stage = 2 * p.R * p.S + slack;
   if (along_pixels(p, plan.direction)) {
     const PixelBlock block = pixel_block(p.N, p.P, p.Q, plan.tile_k);
     const DepthBlock patch = depth_block(p.channels_per_group(), p.R * p.S, plan.tile_m);
-    s.a = s.stage + block.n * patch.channels * stage_elements(fprop_rows(p), fprop_cols(p), block) + slack;
-    s.b = s.a + patch.depth() * (block.pixels() + slack) + slack;
+    const Lines lines = joins_rows(block.j) ? Lines::images : Lines::rows;
+    const int64_t line_count = joins_rows(block.j) ? block.n : block.n * block.i;
+    s.stage = 2 * patch.depth() * line_count + slack;  // a pointer takes two floats
+    s.b = s.stage + block.n * patch.channels * stage_elements(fprop_rows(p), fprop_cols(p), block, lines) + slack;
     s.c = s.b + whole_panels(plan.tile_n) * block.pixels() + slack;
     s.end = s.c + (patch.depth() + 1) * whole_panels(plan.tile_n) + slack;
   } else {
-    s.a = s.stage;
-    s.b = s.a + plan.tile_k * plan.tile_m + slack;
-    s.c = s.b + whole_panels(plan.tile_n) * (plan.tile_k + 1) + slack;
-    s.end = s.c + plan.tile_m * (whole_panels(plan.tile_n) + slack) + slack;
+    const bool in_place = reads_pixels(p);
+    const int64_t taps = in_place ? pieces_of(plan.tile_n, p.channels_per_group()) + 1 : 0;
+    s.stage = 2 * taps * plan.tile_k + slack;
+    s.a = s.stage + p.channels_per_group() + slack;
+    s.b = s.a + (in_place ? 0 : plan.tile_k * plan.tile_m) + slack;
+    s.c = s.b + (in_place ? 0 : whole_panels(plan.tile_n) * (plan.tile_k + 1)) + slack;
+    s.end = s.c + plan.tile_m * (whole_panels(plan.tile_n) + 1) + slack;
   }
   return s;
 }

@@ -1,6 +1,7 @@
 // Convolution as matrix multiplication. im2col lays every patch of x out as one vector of C/groups·R·S elements; then
-// a convolution is patches times filters. Here the patches never exist as a whole: each task packs those of a few
-// hundred pixels and a few hundred elements of depth into panels that fit the cache, and multiplies them at once.
+// a convolution is patches times filters. Here the patches never exist as a whole: each task multiplies those of a few
+// hundred pixels, a few hundred elements of depth at a time. It reads them where they lie, in x or in a padded copy of
+// the piece of x that its pixels read; elements of 16 bits are converted on the way.
 //
 //   fprop  y  = filters × patches of x
 //   dgrad  dx = filters × patches of dy, a product for each of the stride² phases of dx, whose pixels share their taps:

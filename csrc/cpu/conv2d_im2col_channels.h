@@ -1,10 +1,12 @@
-// im2col with vectors along the channels, for NHWC: patches are rows of (r, s, c), copied a pixel at a time.
+// im2col with vectors along the channels, for NHWC: patches are rows of (r, s, c). fprop and dgrad read them where they
+// lie, a pixel's channels at a time, unless these are few or have to be converted; so does wgrad, by vectors.
 //
 //   fprop, dgrad   C[pixel][channel] = Σ_t patch[pixel][t] · weights[t][channel]     t = (tap, contracted channel)
 //   wgrad          C[filter][t]      = Σ_pixel dy[pixel][filter] · patch[pixel][t]
 #pragma once
 
 #include "conv2d_blocks.h"
+#include "conv2d_im2col_pieces.h"
 #include "conv2d_stage.h"
 #include "conv2d_wgrad_out.h"
 #include "gemm.h"
@@ -23,11 +25,6 @@ struct Patches {
   int64_t pixels() const { return N * rows.outputs * cols.outputs; }
   int64_t taps() const { return rows.taps * cols.taps; }
   const T* end() const { return source + N * rows.source * cols.source * groups * channels; }
-  // Every patch is a pixel of the source, in order.
-  bool is_source() const {
-    return rows.taps == 1 && cols.taps == 1 && rows.step == 1 && cols.step == 1 && rows.first == 0 && cols.first == 0 &&
-           rows.outputs == rows.source && cols.outputs == cols.source;
-  }
 };
 
 // Copies `count` elements, in whole vectors that spill past the end where `limit` allows to read so far.
@@ -121,6 +118,31 @@ struct ChannelGather {
   acc_t<T>* weights;
 };
 
+// out[tap − tap0][pixel − pixel0]: where the channels from `channel` on of the pixel lie that a tap reads, or zeros.
+template <typename T>
+void find_pieces(const Patches<T>& p, int64_t group, int64_t pixel0, int64_t count, int64_t tap0, int64_t tap1,
+                 int64_t channel, const T* zeros, const T** out) {
+  const int64_t pitch = p.groups * p.channels;
+  for (int64_t tap = tap0; tap < tap1; ++tap) {
+    const int64_t first_row = p.rows.first + tap / p.cols.taps * p.rows.inc;
+    const int64_t first_col = p.cols.first + tap % p.cols.taps * p.cols.inc;
+    int64_t j = pixel0 % p.cols.outputs, i = pixel0 / p.cols.outputs % p.rows.outputs;
+    int64_t n = pixel0 / p.cols.outputs / p.rows.outputs;
+    for (int64_t pixel = 0; pixel < count; ++pixel) {
+      const int64_t row = i * p.rows.step + first_row, col = j * p.cols.step + first_col;
+      const bool inside = row >= 0 && row < p.rows.source && col >= 0 && col < p.cols.source;
+      *out++ = inside
+                   ? p.source + ((n * p.rows.source + row) * p.cols.source + col) * pitch + group * p.channels + channel
+                   : zeros;
+      if (++j < p.cols.outputs) continue;
+      j = 0;
+      if (++i < p.rows.outputs) continue;
+      i = 0;
+      ++n;
+    }
+  }
+}
+
 // fprop, or all phases of dgrad: gather_of(a, b) describes one. They are tasks of one parallel region.
 template <typename T, typename GatherOf>
 void gather_channels(const Conv2dProblem& pr, const Conv2dPlan& plan, const GatherOf& gather_of, int64_t out_height,
@@ -131,51 +153,55 @@ void gather_channels(const Conv2dProblem& pr, const Conv2dPlan& plan, const Gath
   const int64_t largest = pr.N * phases.largest_rows.outputs * phases.largest_cols.outputs;
   const int64_t m_blocks = ceil_div(produced, plan.tile_n), pixel_blocks = ceil_div(largest, plan.tile_m);
   const int64_t phase_tasks = pixel_blocks * pr.groups * m_blocks;
+  const bool in_place = patches_in_place(pr, plan.direction);
   const Scratch layout = gather_scratch(pr, plan);
   for_each_task(parallel, phases.rows * phases.cols * phase_tasks, [&](int worker, int64_t task) {
     const int64_t phase = task / phase_tasks, m0 = task % m_blocks * plan.tile_n, group = task / m_blocks % pr.groups;
     const int64_t pixel0 = task % phase_tasks / m_blocks / pr.groups * plan.tile_m;
     const ChannelGather<T> gather = gather_of(phase / phases.cols, phase % phases.cols);
     const Patches<T>& p = gather.patches;
-    const int64_t depth = p.taps() * p.channels, pixels = p.pixels(), depth_step = balanced(depth, plan.tile_k);
+    const int64_t depth = p.taps() * p.channels, pixels = p.pixels();
     if (pixel0 >= pixels) return;  // a phase smaller than the largest
     const int64_t count = min_of<int64_t>(plan.tile_m, pixels - pixel0);
     const int64_t m_count = min_of<int64_t>(plan.tile_n, produced - m0), panels = ceil_div(m_count, panel_cols<E>);
     E* memory = reinterpret_cast<E*>(scratch + worker * plan.scratch_bytes);
-    E *packed = memory + layout.a, *c = memory + layout.c;
-    const int64_t c_row = panels * panel_cols<E>;
-    if (depth == 0) fill_zero<T>(c, count * c_row);
-    for (int64_t t0 = 0; t0 < depth; t0 += depth_step) {
-      const int64_t t1 = min_of(depth, t0 + depth_step);
-      const E* a = packed;
-      int64_t a_row = t1 - t0 + lanes<E>;
-      bool in_place = false;
-      if constexpr (std::is_same_v<T, E>) in_place = p.is_source();
-      if (in_place) {
-        a_row = p.groups * p.channels;
-        a = (const E*)p.source + pixel0 * a_row + group * p.channels + t0;
-      } else {
-        pack_patch_rows(p, group, pixel0, count, t0, t1, packed, a_row);
-      }
-      multiply_block(count, panels, t1 - t0, a, a_row, 1,
-                     gather.weights + ((group * all_panels + m0 / panel_cols<E>)*depth + t0) * panel_cols<E>,
-                     depth * panel_cols<E>, c, c_row, t0 > 0);
-    }
-    for (int64_t pixel = pixel0; pixel < pixel0 + count; ++pixel, c += c_row) {
+    const auto** a = reinterpret_cast<const E**>(memory);
+    auto* out_rows = reinterpret_cast<int64_t*>(memory + layout.rows);
+    E *zeros = memory + layout.stage, *packed = memory + layout.a;
+    fill_zero<T>(zeros, p.channels);
+    for (int64_t pixel = pixel0; pixel < pixel0 + count; ++pixel) {
       const int64_t j = pixel % p.cols.outputs, i = pixel / p.cols.outputs % p.rows.outputs;
       const int64_t n = pixel / p.cols.outputs / p.rows.outputs;
       const int64_t h = p.rows.out_first + i * p.rows.out_step, w = p.cols.out_first + j * p.cols.out_step;
-      T* to = out + ((n * out_height + h) * out_width + w) * p.groups * produced + group * produced + m0;
-      const T* b = bias ? bias + group * produced + m0 : nullptr;
-      int64_t m = 0;
-      for (; m + lanes<T> <= m_count; m += lanes<T>) {
-        const vec_t<T> v = b ? load(c + m) + load(b + m) : load(c + m);
-        store(to + m, pr.relu ? relu(v) : v);
+      out_rows[pixel - pixel0] = ((n * out_height + h) * out_width + w) * p.groups * produced + group * produced + m0;
+    }
+    PiecesOut<T> to{memory + layout.c, panels * panel_cols<E>, false, nullptr, out_rows, m_count, nullptr, pr.relu};
+    if (bias) to.bias = bias + group * produced + m0;
+    const E* b = gather.weights + (group * all_panels + m0 / panel_cols<E>)*depth * panel_cols<E>;
+    // A tap's channels are a piece; what is packed is one piece.
+    const int64_t pieces = in_place ? p.taps() : 1, length = in_place ? p.channels : depth;
+    const int64_t length_step = balanced(length, plan.tile_k);
+    const int64_t piece_step =
+        length_step < length ? 1 : balanced(pieces, max_of<int64_t>(1, plan.tile_k / length_step));
+    if (depth == 0) {
+      to.out = out;
+      multiply_pieces<T>(count, panels, 0, 0, a, 0, b, 0, to);
+    }
+    for (int64_t t0 = 0; t0 < depth;) {
+      const int64_t piece = t0 / length, from = t0 % length, piece_count = min_of(piece_step, pieces - piece);
+      const int64_t step = min_of(length_step, length - from), t1 = t0 + piece_count * step;
+      if constexpr (std::is_same_v<T, E>) {
+        if (in_place) find_pieces(p, group, pixel0, count, piece, piece + piece_count, from, zeros, a);
       }
-      for (; m < m_count; ++m) {
-        const E v = b ? c[m] + to_acc(b[m]) : c[m];
-        to[m] = from_acc<T>(pr.relu ? relu(v) : v);
+      if (!in_place) {
+        const int64_t a_row = step + lanes<E>;
+        pack_patch_rows(p, group, pixel0, count, t0, t1, packed, a_row);
+        for (int64_t pixel = 0; pixel < count; ++pixel) a[pixel] = packed + pixel * a_row;
       }
+      if (t1 == depth) to.out = out;
+      multiply_pieces<T>(count, panels, piece_count, step, a, count, b + t0 * panel_cols<E>, depth * panel_cols<E>, to);
+      to.add = true;
+      t0 = t1;
     }
   });
 }
@@ -245,6 +271,42 @@ void add_rows(const E* a, int64_t pitch, int64_t rows, int64_t cols, E* sums) {
   }
 }
 
+// c[k][col] += Σ_pixel a[pixel·a_col + k] · rows[pixel][channel + col], Rows filters and Vectors of columns
+template <typename E, int Rows, int Vectors>
+void multiply_pixels_tile(int64_t pixels, const E* a, int64_t a_col, const E* const* rows, int64_t channel, E* c,
+                          int64_t c_row) {
+  vec_t<E> sums[Rows][Vectors] = {};
+  for (int64_t pixel = 0; pixel < pixels; ++pixel, a += a_col) {
+    vec_t<E> values[Vectors];
+    for (int v = 0; v < Vectors; ++v) values[v] = load(rows[pixel] + channel + v * lanes<E>);
+    for (int i = 0; i < Rows; ++i) {
+      const vec_t<E> value = broadcast<E>(a[i]);
+      for (int v = 0; v < Vectors; ++v) sums[i][v] += value * values[v];
+    }
+  }
+  for (int i = 0; i < Rows; ++i, c += c_row)
+    for (int v = 0; v < Vectors; ++v) store(c + v * lanes<E>, load(c + v * lanes<E>) + sums[i][v]);
+}
+
+// Patch elements t0 … t0 + t_count − 1 of all filters; rows: [tap][pixel] from t0's tap on. Vectors don't cross taps.
+template <typename E>
+void multiply_pixels(int64_t filters, int64_t t0, int64_t t_count, int64_t channels, int64_t pixels, const E* a,
+                     int64_t a_col, const E* const* rows, E* c, int64_t c_row) {
+  for (int64_t t = t0; t < t0 + t_count;) {
+    const int64_t channel = t % channels, left = min_of(channels - channel, t0 + t_count - t);
+    const E* const* tap_rows = rows + (t / channels - t0 / channels) * pixels;
+    E* to = c + t - t0;
+    const bool panel = left >= panel_cols<E>;
+    for_row_tiles(filters, [&](int64_t k, auto height) {
+      if (panel)
+        multiply_pixels_tile<E, height.value, 2>(pixels, a + k, a_col, tap_rows, channel, to + k * c_row, c_row);
+      else
+        multiply_pixels_tile<E, height.value, 1>(pixels, a + k, a_col, tap_rows, channel, to + k * c_row, c_row);
+    });
+    t += panel ? panel_cols<E> : lanes<E>;
+  }
+}
+
 template <typename T>
 void wgrad_channels(const Conv2dProblem& pr, const Conv2dPlan& plan, const T* dy, const T* x, const WgradOut<T>& out,
                     char* scratch, const Parallel& parallel) {
@@ -253,6 +315,7 @@ void wgrad_channels(const Conv2dProblem& pr, const Conv2dPlan& plan, const T* dy
   const int64_t kg = pr.filters_per_group(), depth = p.taps() * p.channels, pixels = p.pixels();
   const int64_t t_blocks = ceil_div(depth, plan.tile_n), k_blocks = ceil_div(kg, plan.tile_m);
   const int64_t pixel_blocks = ceil_div(pixels, plan.tile_k);
+  const bool in_place = reads_pixels(pr);
   const Scratch layout = wgrad_scratch(pr, plan);
   for_each_task(parallel, plan.split * pr.groups * t_blocks * k_blocks, [&](int worker, int64_t task) {
     const int64_t k0 = task % k_blocks * plan.tile_m, t0 = task / k_blocks % t_blocks * plan.tile_n;
@@ -262,6 +325,9 @@ void wgrad_channels(const Conv2dProblem& pr, const Conv2dPlan& plan, const T* dy
     E* memory = reinterpret_cast<E*>(scratch + worker * plan.scratch_bytes);
     E *packed = memory + layout.a, *b = memory + layout.b, *c = memory + layout.c;
     E* bias_sums = c + k_count * c_row;
+    const auto** rows = reinterpret_cast<const E**>(memory);
+    E* zeros = memory + layout.stage;
+    fill_zero<T>(zeros, p.channels);
     fill_zero<T>(c, k_count * c_row + k_count);
     for (int64_t index = piece * pixel_blocks / plan.split; index < (piece + 1) * pixel_blocks / plan.split; ++index) {
       const int64_t pixel0 = index * plan.tile_k, count = min_of<int64_t>(plan.tile_k, pixels - pixel0);
@@ -275,8 +341,14 @@ void wgrad_channels(const Conv2dProblem& pr, const Conv2dPlan& plan, const T* dy
         for (int64_t i = 0; i < count; ++i) copy_strided(dy_rows + i * pr.K, 1, packed + i * k_count, k_count);
       }
       const int64_t b_panel = (count + 1) * panel_cols<E>;  // one row more, for what spills from the last
-      pack_patch_panels(p, group, pixel0, count, t0, t0 + t_count, b, b_panel);
-      multiply_block(k_count, panels, count, a, 1, a_col, b, b_panel, c, c_row, true);
+      if (in_place) {
+        if constexpr (std::is_same_v<T, E>)
+          find_pieces(p, group, pixel0, count, t0 / p.channels, (t0 + t_count - 1) / p.channels + 1, 0, zeros, rows);
+        multiply_pixels(k_count, t0, t_count, p.channels, count, a, a_col, rows, c, c_row);
+      } else {
+        pack_patch_panels(p, group, pixel0, count, t0, t0 + t_count, b, b_panel);
+        multiply_block(k_count, panels, count, a, 1, a_col, b, b_panel, c, c_row, true);
+      }
       if (t0 == 0) add_rows(a, a_col, count, k_count, bias_sums);
     }
     const int64_t filter = group * kg + k0;

@@ -53,7 +53,7 @@ struct Gather {
   int64_t N, groups;
   int64_t channels, produced;  // a group's: contracted, and written
   Images<const T> source;
-  int64_t filters;  // where they begin: [group][produced][channels][taps]
+  int64_t filters;  // where they begin, if packed: [group][produced][channels][taps]
   const T* bias;
   Images<T> out;
 
@@ -67,6 +67,7 @@ void pack_filters(const Filters<T>& f, const Axis& rows, const Axis& cols, int64
   const int64_t taps = rows.taps * cols.taps;
   const bool whole = f.s == 1 && f.r == cols.taps && rows.filter_step == 1 && cols.filter_step == 1;
   const T* first = f.data + group * f.group + rows.filter_first * f.r + cols.filter_first * f.s;
+  if (taps == 1 && f.m == 1) return transpose(first + m0, f.channel, channels, m_count, out, channels);
   constexpr int64_t block = 8;  // channels, whose cache lines stay in L1 while the filters pass
   for (int64_t ch0 = 0; ch0 < channels; ch0 += block)
     for (int64_t m = 0; m < m_count; ++m)
@@ -83,15 +84,39 @@ void pack_filters(const Filters<T>& f, const Axis& rows, const Axis& cols, int64
       }
 }
 
-// Asks for the rows of a plane that a block reads.
+// Asks for the rows of a plane that a block reads; `whole`: all from the first to the last.
 template <typename T>
-void prefetch_rows(const T* plane, const Axis& rows, const Strips& strips, int64_t i0, int64_t width) {
-  for (int64_t strip = 0; strip < strips.count; ++strip)
-    for (int64_t i = 0; i < strips.length; ++i) {
-      const int64_t row = strips.origin(rows, strip, i0) + i * rows.step;
-      if (row < 0 || row >= rows.source) continue;
-      for (int64_t at = 0; at < width; at += 64 / int64_t(sizeof(T))) __builtin_prefetch(plane + row * width + at);
-    }
+void prefetch_rows(const T* plane, const Axis& rows, const Strips& strips, int64_t i0, int64_t width, bool whole) {
+  constexpr int64_t step = 64 / int64_t(sizeof(T));
+  for (int64_t strip = 0; strip < strips.count; ++strip) {
+    const int64_t first = strips.origin(rows, strip, i0);
+    const Inside inside = inside_strip(rows, first, strips.length);
+    const T* from = plane + (first + inside.begin * rows.step) * width;
+    const int64_t count = whole ? 1 : inside.end - inside.begin;
+    const int64_t length = whole ? (inside.end - inside.begin) * width : width;
+    for (int64_t i = 0; i < count; ++i, from += rows.step * width)
+      for (int64_t at = 0; at < length; at += step) __builtin_prefetch(from + at);
+  }
+}
+
+// Rows of `width` columns that read the same columns of the source but `shift` further: copied as one, then the borders
+// are cleared. Vectors spill past the end.
+template <typename T>
+void stage_shifted(const T* plane, const Axis& rows, int64_t row0, int64_t count, int64_t width, int64_t shift,
+                   acc_t<T>* out) {
+  const auto zero = [](acc_t<T>* to, int64_t length) {
+    for (int64_t i = 0; i < length; i += lanes<T>) store(to + i, vec_t<T>{});
+  };
+  const Inside inside = inside_strip(rows, row0, count);
+  const int64_t missing = min_of(width, shift < 0 ? -shift : shift), length = (inside.end - inside.begin) * width;
+  const T* from = plane + (row0 + inside.begin) * width;
+  acc_t<T>* to = out + inside.begin * width;
+  zero(out, inside.begin * width);
+  if (missing < width && length > 0)
+    copy_strided<true>(from + (shift > 0 ? missing : 0), 1, to + (shift < 0 ? missing : 0), length - missing);
+  for (int64_t row = inside.begin; row < inside.end; ++row)
+    for (int64_t i = 0; i < missing; ++i) out[row * width + (shift > 0 ? width - missing : 0) + i] = 0;
+  zero(out + inside.end * width, (count - inside.end) * width);
 }
 
 // Stages channels ch0 … ch0 + ch_count − 1 of n_count images: [channel][image][plane]. A plane holds its strips of rows
@@ -102,6 +127,8 @@ void stage_block(const Images<const T>& source, int64_t n0, int64_t n_count, int
                  int64_t j0, int64_t pieces, acc_t<T>* stage) {
   const int64_t piece = row_strips.elements() * col_strips.elements(), plane = pieces * piece;
   const int64_t channels = source.col == 1 ? 1 : ch_count;  // at once
+  const bool whole_rows = row_strips.count == 1 && rows.step == 1 && col_strips.count == 1 && cols.step == 1 &&
+                          col_strips.length == cols.source;
   for (int64_t ch = 0; ch < ch_count; ch += channels)
     for (int64_t n = 0; n < n_count; ++n)
       for (int64_t s = 0; s < pieces; ++s) {
@@ -111,8 +138,12 @@ void stage_block(const Images<const T>& source, int64_t n0, int64_t n_count, int
         acc_t<T>* to = stage + (ch * n_count + n) * plane + s * piece;
         if (source.col == 1) {
           if (s == 0 && ch + 2 < ch_count && j0 == 0)
-            prefetch_rows(from + 2 * source.channel, rows, row_strips, i0, cols.source);
-          stage_plane(from, rows, row_strips, i0, shifted, col_strips, j0, to);
+            prefetch_rows(from + 2 * source.channel, rows, row_strips, i0, cols.source, whole_rows);
+          if (whole_rows)
+            stage_shifted(from, rows, row_strips.origin(rows, 0, i0), row_strips.length, cols.source,
+                          col_strips.origin(shifted, 0, j0), to);
+          else
+            stage_plane(from, rows, row_strips, i0, shifted, col_strips, j0, to);
         } else {
           stage_pixels(from, source.col, channels, rows, row_strips, i0, shifted, col_strips, j0, to, n_count * plane);
         }
@@ -128,19 +159,37 @@ void join_images(const E* planes, int64_t plane, int64_t n_count, int64_t line, 
       for (int64_t i = 0; i < line; i += lanes<E>) store(out + n * line + i, load(planes + n * plane + offsets[t] + i));
 }
 
+// out[2·j] = v[j], j < count. What lies between may be another task's.
+template <typename T>
+FASTCONV_INLINE void store_even(T* out, vec_t<T> v, int64_t count) {
+  for (int64_t j = 0; j < count; ++j) out[2 * j] = from_acc<T>(v[j]);
+}
+#if defined(__AVX512F__)
+FASTCONV_INLINE void store_even(float* out, vec_t<float> v, int64_t count) {
+  const vec_t<float> low = shuffle<float, 0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7>(v, v);
+  const vec_t<float> high = shuffle<float, 8, 8, 9, 9, 10, 10, 11, 11, 12, 12, 13, 13, 14, 14, 15, 15>(v, v);
+  const uint32_t mask = uint32_t(0x55555555 & ((uint64_t(1) << 2 * count) - 1));
+  _mm512_mask_storeu_ps(out, __mmask16(mask), (__m512)low);
+  _mm512_mask_storeu_ps(out + lanes<float>, __mmask16(mask >> 16), (__m512)high);
+}
+#endif
+
 // out[j·step] = values[j] + bias, or ReLU of it
 template <typename T>
 FASTCONV_INLINE void write_row(const acc_t<T>* values, int64_t count, acc_t<T> bias, bool with_relu, T* out,
                                int64_t step) {
-  int64_t j = 0;
-  if (step == 1)
-    for (; j + lanes<T> <= count; j += lanes<T>) {
-      const vec_t<T> v = load(values + j) + broadcast<T>(bias);
-      store(out + j, with_relu ? relu(v) : v);
-    }
-  for (; j < count; ++j) {
-    const acc_t<T> v = values[j] + bias;
-    out[j * step] = from_acc<T>(with_relu ? relu(v) : v);
+  for (int64_t j = 0; j < count; j += lanes<T>) {
+    const int64_t left = count - j;
+    const vec_t<T> sum = load(values + j) + broadcast<T>(bias), v = with_relu ? relu(sum) : sum;
+    if (step == 1 && left >= lanes<T>)
+      store(out + j, v);
+    else if (step == 1)
+      store_first(out + j, v, left);
+    else if (step == 2)
+      store_even(out + 2 * j, v, min_of<int64_t>(left, lanes<T>));
+    else
+      for (int64_t lane = 0; lane < min_of<int64_t>(left, lanes<T>); ++lane)
+        out[(j + lane) * step] = from_acc<T>(v[lane]);
   }
 }
 
@@ -149,7 +198,8 @@ template <typename T, typename GatherOf>
 void gather_pixels(const Conv2dProblem& pr, const Conv2dPlan& plan, const GatherOf& gather_of, const acc_t<T>* filters,
                    char* scratch, const Parallel& parallel) {
   using E = acc_t<T>;
-  const Phases phases = phases_of(pr, plan.direction);
+  const Direction direction = plan.direction;
+  const Phases phases = phases_of(pr, direction);
   const Axis &most_rows = phases.largest_rows, &most_cols = phases.largest_cols;
   const int64_t channels = contracted_channels(pr, plan.direction), produced = produced_channels(pr, plan.direction);
   const PixelBlock block = gather_block(pr.N, most_rows.outputs, most_cols.outputs, plan.tile_n);
@@ -217,7 +267,13 @@ void gather_pixels(const Conv2dProblem& pr, const Conv2dPlan& plan, const Gather
           for (int64_t t = 0; t < depth; ++t) offsets[t] = t * line_pitch;
         }
         const bool last = ch0 + ch_count == g.channels && tap0 + tap_count == taps;
-        const E* a = filters + g.filters + ((group * g.produced + m0) * g.channels + ch0) * taps + tap0;
+        WindowFilters<E> a{filters + g.filters, g.channels * taps, taps};
+        const int64_t filter_group = g.produced * a.rows;                        // in either order
+        if (direction == Direction::dgrad && filters_in_place(pr, direction)) {  // w[contracted][produced][tap]
+          a.rows = taps;
+          a.channels = g.produced * taps;
+        }
+        a.data += group * filter_group + m0 * a.rows + ch0 * a.channels + tap0;
         for (int64_t at = 0; at < line_count; ++at) {
           const int64_t n = at / image_lines, i = at % image_lines;
           const WindowOut<T> to{c + at * line_pitch,
@@ -228,13 +284,16 @@ void gather_pixels(const Conv2dProblem& pr, const Conv2dPlan& plan, const Gather
                                 line,
                                 g.bias ? g.bias + group * g.produced + m0 : nullptr,
                                 pr.relu};
-          multiply_windows<T>(m_count, line, depth, a, g.channels * taps,
+          multiply_windows<T>(m_count, line, ch_count, tap_count, a,
                               packed ? b : stage + n * plane + i * col_strips.elements(), offsets, to);
         }
       }
     }
     if (direct) return;
 
+    // Rows that are neighbours in C and in the result.
+    const bool neighbours = !by_rows && rows.out_step == 1 && cols.out_step == 1 && j_count == cols.outputs;
+    const int64_t rows_at_once = neighbours ? i_count : 1;
     for (int64_t m = 0; m < m_count; ++m) {
       const E bias = g.bias ? to_acc(g.bias[group * g.produced + m0 + m]) : 0;
       E* values = c + m * c_row;
@@ -247,8 +306,8 @@ void gather_pixels(const Conv2dProblem& pr, const Conv2dPlan& plan, const Gather
         continue;
       }
       for (int64_t n = 0; n < n_count; ++n)
-        for (int64_t i = 0; i < i_count; ++i)
-          write_row(c_at(n, i) + m * c_row, j_count, bias, pr.relu, out_at(n, i, m), cols.out_step);
+        for (int64_t i = 0; i < i_count; i += rows_at_once)
+          write_row(c_at(n, i) + m * c_row, rows_at_once * j_count, bias, pr.relu, out_at(n, i, m), cols.out_step);
     }
     if (g.out.channel == 1)
       for (int64_t n = 0; n < n_count; ++n)
@@ -310,8 +369,10 @@ void dgrad_pixels(const Conv2dProblem& pr, const Conv2dPlan& plan, const T* dy, 
                      nullptr,
                      images(dx, pr.layout, pr.C, pr.H, pr.W)};
   };
-  pack_all_filters(pr, Direction::dgrad, gather_of, filters(w, pr, Direction::dgrad), (E*)workspace, parallel);
-  gather_pixels<T>(pr, plan, gather_of, (const E*)workspace, scratch, parallel);
+  const bool in_place = filters_in_place(pr, Direction::dgrad);
+  if (!in_place)
+    pack_all_filters(pr, Direction::dgrad, gather_of, filters(w, pr, Direction::dgrad), (E*)workspace, parallel);
+  gather_pixels<T>(pr, plan, gather_of, in_place ? (const E*)w : (const E*)workspace, scratch, parallel);
 }
 
 }  // namespace

@@ -3,10 +3,11 @@
 //   C[t][filter] = Σ_pixel patch[t][pixel] · dy[filter][pixel]     t = (channel, tap)
 //
 // A task computes a block of patch elements × filters over its piece of all pixels, a block of them at a time: it
-// stages the planes that they read, copies the patches' rows from there, transposes dy into panels, and multiplies. db
-// is the sum of dy's panels, which the tasks of the first block of patch elements add as well.
+// stages the planes that they read, where the patches' rows are found, transposes dy into panels, and multiplies. db is
+// the sum of dy's panels, which the tasks of the first block of patch elements add as well.
 #pragma once
 
+#include "conv2d_im2col_pieces.h"
 #include "conv2d_im2col_pixels.h"
 #include "conv2d_wgrad_out.h"
 
@@ -59,8 +60,8 @@ void wgrad_pixels(const Conv2dProblem& pr, const Conv2dPlan& plan, const T* dy_d
   const int64_t k_blocks = ceil_div(kg, plan.tile_n);
   const bool pointwise = taps == 1 && cols.step == 1 && rows.step == 1 && pr.pad_h == 0 && pr.pad_w == 0;
   // The rows of A are then those of x.
-  const bool in_place = std::is_same_v<T, E> && pr.layout == Layout::NCHW && pointwise && block.n == 1 &&
-                        (block.i == 1 || block.j == pr.Q);
+  const bool in_place = std::is_same_v<T, E> && pr.layout == Layout::NCHW && pointwise;
+  const bool joined = joins_rows(block.j);
   for_each_task(parallel, plan.split * pr.groups * c_blocks * tap_blocks * k_blocks, [&](int worker, int64_t task) {
     const int64_t k0 = task % k_blocks * plan.tile_n, tap0 = task / k_blocks % tap_blocks * patch.taps;
     const int64_t c0 = task / k_blocks / tap_blocks % c_blocks * patch.channels;
@@ -71,7 +72,8 @@ void wgrad_pixels(const Conv2dProblem& pr, const Conv2dPlan& plan, const T* dy_d
     const int64_t m_count = c_count * tap_count, c_row = panels * panel_cols<E>;
 
     E* memory = reinterpret_cast<E*>(scratch + worker * plan.scratch_bytes);
-    E *stage = memory + layout.stage, *packed = memory + layout.a, *b = memory + layout.b, *c = memory + layout.c;
+    const auto** a = reinterpret_cast<const E**>(memory);
+    E *stage = memory + layout.stage, *b = memory + layout.b, *c = memory + layout.c;
     E* bias_sums = c + m_count * c_row;
     fill_zero<T>(c, (m_count + 1) * c_row);
     for (int64_t index = piece * pixel_blocks / plan.split; index < (piece + 1) * pixel_blocks / plan.split; ++index) {
@@ -80,38 +82,38 @@ void wgrad_pixels(const Conv2dProblem& pr, const Conv2dPlan& plan, const T* dy_d
       const int64_t n_count = min_of(block.n, pr.N - n0);
       const int64_t i_count = min_of(block.i, pr.P - i0), j_count = min_of(block.j, pr.Q - j0);
       const int64_t pixels = n_count * i_count * j_count;
-      const E* a = packed;
-      int64_t a_row = pixels + lanes<E>;
-      if constexpr (std::is_same_v<T, E>) {
-        if (in_place) {
-          a = x.at(n0, group * cg + c0, i0, j0);
-          a_row = x.channel;
-        }
-      }
-      if (!in_place) {
-        const Strips row_strips = make_strips(rows, i_count), col_strips = make_strips(cols, j_count);
-        const int64_t plane = row_strips.elements() * col_strips.elements(), row = col_strips.elements();
-        stage_block<T>(x, n0, n_count, group * cg + c0, c_count, rows, row_strips, i0, cols, col_strips, j0, 1, stage);
-        // A[t][pixel], written in order: vectors spill into what is written next, or past the end of a row.
-        E* to = packed;
-        for (int64_t ch = 0; ch < c_count; ++ch) {
-          for (int64_t tap = tap0; tap < tap0 + tap_count; ++tap, to += a_row) {
-            const E* from =
-                stage + ch * n_count * plane + row_strips.offset(tap / pr.S) * row + col_strips.offset(tap % pr.S);
-            for (int64_t n = 0; n < n_count; ++n)
-              for (int64_t i = 0; i < i_count; ++i)
-                for (int64_t j = 0; j < j_count; j += lanes<E>)
-                  store(to + (n * i_count + i) * j_count + j, load(from + n * plane + i * row + j));
-          }
-        }
-      }
-      const int64_t b_panel = pixels * panel_cols<E>;
-      const int64_t lines = j_count == pr.Q ? 1 : i_count, line = i_count * j_count / lines;
+      // Lines of pixels that are neighbours in every row of A.
+      const int64_t image_lines = joined || (in_place && j_count == pr.Q) ? 1 : i_count;
+      const int64_t lines = n_count * image_lines, line = pixels / lines;
+      const Strips row_strips = make_strips(rows, i_count);
+      const Strips col_strips = joined ? Strips{1, j_count, 0, 0} : make_strips(cols, j_count);
+      const int64_t pieces = joined ? pr.S : 1, row = col_strips.elements(), piece = row_strips.elements() * row;
+      if (!in_place)
+        stage_block<T>(x, n0, n_count, group * cg + c0, c_count, rows, row_strips, i0, cols, col_strips, j0, pieces,
+                       stage);
+      const E** to = a;
       for (int64_t n = 0; n < n_count; ++n)
-        for (int64_t i = 0; i < lines; ++i)
-          pack_dy(dy.at(n0 + n, group * kg + k0, i0 + i, j0), dy.channel, dy.col, k_count, line,
-                  b + (n * lines + i) * line * panel_cols<E>, b_panel);
-      multiply_block(m_count, panels, pixels, a, a_row, 1, b, b_panel, c, c_row, true);
+        for (int64_t i = 0; i < image_lines; ++i)
+          for (int64_t ch = 0; ch < c_count; ++ch)
+            for (int64_t tap = tap0; tap < tap0 + tap_count; ++tap) {
+              const int64_t r = tap / pr.S, s = tap % pr.S;
+              const E* plane = stage + (ch * n_count + n) * pieces * piece;
+              if constexpr (std::is_same_v<T, E>) {
+                if (in_place) {
+                  *to++ = x.at(n0 + n, group * cg + c0 + ch, i0 + i, j0);
+                  continue;
+                }
+              }
+              *to++ = plane + (row_strips.offset(r) + i) * row + (joined ? s * piece : col_strips.offset(s));
+            }
+      const int64_t b_panel = pixels * panel_cols<E>;
+      const int64_t dy_lines = j_count == pr.Q ? 1 : i_count, dy_line = i_count * j_count / dy_lines;
+      for (int64_t n = 0; n < n_count; ++n)
+        for (int64_t i = 0; i < dy_lines; ++i)
+          pack_dy(dy.at(n0 + n, group * kg + k0, i0 + i, j0), dy.channel, dy.col, k_count, dy_line,
+                  b + (n * dy_lines + i) * dy_line * panel_cols<E>, b_panel);
+      const PiecesOut<E> sums{c, c_row, true, nullptr, nullptr, 0, nullptr, false};
+      multiply_pieces<E>(m_count, panels, lines, line, a, m_count, b, b_panel, sums);
       if (c0 == 0 && tap0 == 0) add_panel_rows(b, panels, pixels, bias_sums);
     }
     const int64_t filter = group * kg + k0;

@@ -43,22 +43,34 @@ FASTCONV_INLINE void store_window_tile(vec_t<T> (&sums)[Rows][Vectors], const Wi
   }
 }
 
+// A: element (row, channel, tap) at data[row·rows + channel·channels + tap]
+template <typename E>
+struct WindowFilters {
+  const E* data;
+  int64_t rows, channels;
+};
+
 template <typename T, int Rows, int Vectors>
-void multiply_window_tile(int64_t depth, const acc_t<T>* a, int64_t a_row, const acc_t<T>* b, const int64_t* offsets,
-                          const WindowOut<T>& to, int64_t row, int64_t col) {
+void multiply_window_tile(int64_t channels, int64_t taps, const WindowFilters<acc_t<T>>& a, const acc_t<T>* b,
+                          const int64_t* offsets, const WindowOut<T>& to, int64_t row, int64_t col) {
   using E = acc_t<T>;
   const E* rows[Rows];
-  for (int i = 0; i < Rows; ++i) rows[i] = a + (row + i) * a_row;
+  for (int i = 0; i < Rows; ++i) rows[i] = a.data + (row + i) * a.rows;
   if (to.out)  // so that the stores find their lines
     for (int i = 0; i < Rows; ++i)
       for (int v = 0; v < Vectors; ++v) __builtin_prefetch(to.out + (row + i) * to.out_row + col + v * lanes<T>, 1);
   vec_t<E> sums[Rows][Vectors] = {};
-  for (int64_t t = 0; t < depth; ++t) {
-    vec_t<E> values[Vectors];
-    for (int v = 0; v < Vectors; ++v) values[v] = load(b + offsets[t] + v * lanes<E>);
-    for (int i = 0; i < Rows; ++i) {
-      const vec_t<E> value = broadcast<E>(rows[i][t]);
-      for (int v = 0; v < Vectors; ++v) sums[i][v] += value * values[v];
+  for (int64_t channel = 0, at = 0; channel < channels; ++channel, at += a.channels - taps) {
+    if (taps > 1 || channel % 16 == 0)  // the rows of the next tile: short pieces, far apart, come late otherwise
+      for (int i = 0; i < Rows; ++i)
+        for (int64_t tap = 0; tap < taps; tap += 16) __builtin_prefetch(rows[i] + Rows * a.rows + at + tap);
+    for (int64_t tap = 0; tap < taps; ++tap, ++at, ++offsets) {
+      vec_t<E> values[Vectors];
+      for (int v = 0; v < Vectors; ++v) values[v] = load(b + *offsets + v * lanes<E>);
+      for (int i = 0; i < Rows; ++i) {
+        const vec_t<E> value = broadcast<E>(rows[i][at]);
+        for (int v = 0; v < Vectors; ++v) sums[i][v] += value * values[v];
+      }
     }
   }
   store_window_tile<T>(sums, to, row, col);
@@ -66,14 +78,14 @@ void multiply_window_tile(int64_t depth, const acc_t<T>* a, int64_t a_row, const
 
 // A line of `cols` columns: panel by panel, of which the last may be a single vector.
 template <typename T>
-void multiply_windows(int64_t rows, int64_t cols, int64_t depth, const acc_t<T>* a, int64_t a_row, const acc_t<T>* b,
-                      const int64_t* offsets, const WindowOut<T>& to) {
+void multiply_windows(int64_t rows, int64_t cols, int64_t channels, int64_t taps, const WindowFilters<acc_t<T>>& a,
+                      const acc_t<T>* b, const int64_t* offsets, const WindowOut<T>& to) {
   for (int64_t col = 0; col < cols; col += panel_cols<acc_t<T>>)
     for_row_tiles(rows, [&](int64_t row, auto height) {
       if (cols - col > lanes<T>)
-        multiply_window_tile<T, height.value, 2>(depth, a, a_row, b + col, offsets, to, row, col);
+        multiply_window_tile<T, height.value, 2>(channels, taps, a, b + col, offsets, to, row, col);
       else
-        multiply_window_tile<T, height.value, 1>(depth, a, a_row, b + col, offsets, to, row, col);
+        multiply_window_tile<T, height.value, 1>(channels, taps, a, b + col, offsets, to, row, col);
     });
 }
 

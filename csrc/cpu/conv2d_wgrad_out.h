@@ -27,16 +27,25 @@ struct WgradOut {
 // dw and db from the pieces, added in order.
 template <typename T>
 void add_pieces(const WgradOut<T>& out, int64_t pieces, const Parallel& parallel) {
+  using E = acc_t<T>;
   constexpr int64_t chunk = 4096;
-  const int64_t total = out.w_elements + out.K;
-  for_each_task(parallel, ceil_div(total, chunk), [&](int, int64_t task) {
-    for (int64_t i = task * chunk; i < min_of(total, (task + 1) * chunk); ++i) {
-      acc_t<T> sum = 0;
-      for (int64_t piece = 0; piece < pieces; ++piece) sum += out.partial[piece * total + i];
-      if (i < out.w_elements)
-        out.dw[i] = from_acc<T>(sum);
-      else if (out.db)
-        out.db[i - out.w_elements] = from_acc<T>(sum);
+  const int64_t total = out.w_elements + out.K, dw_chunks = ceil_div(out.w_elements, chunk);
+  for_each_task(parallel, dw_chunks + (out.db ? ceil_div(out.K, chunk) : 0), [&](int, int64_t task) {
+    const bool is_dw = task < dw_chunks;
+    const int64_t i0 = (is_dw ? task : task - dw_chunks) * chunk;
+    const int64_t count = min_of(chunk, (is_dw ? out.w_elements : out.K) - i0);
+    const E* from = out.partial + (is_dw ? 0 : out.w_elements) + i0;
+    T* to = (is_dw ? out.dw : out.db) + i0;
+    int64_t i = 0;
+    for (; i + lanes<T> <= count; i += lanes<T>) {
+      vec_t<T> sum = load(from + i);
+      for (int64_t piece = 1; piece < pieces; ++piece) sum += load(from + piece * total + i);
+      store(to + i, sum);
+    }
+    for (; i < count; ++i) {
+      E sum = from[i];
+      for (int64_t piece = 1; piece < pieces; ++piece) sum += from[piece * total + i];
+      to[i] = from_acc<T>(sum);
     }
   });
 }

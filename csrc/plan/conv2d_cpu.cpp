@@ -144,18 +144,23 @@ void plan_gather(const Conv2dProblem& p, Conv2dPlan& plan) {
                                  : pieces_of(p.N * rows * cols, pixels);
     return blocks * pieces_of(produced, channels) * p.groups;
   };
-  int64_t pixels = 224, channels = 128, depth = 288;
+  int64_t pixels = 224, fewer_pixels = 112, channels = along && taps == 1 && contracted <= 288 ? 256 : 128;
+  int64_t depth = !along && patches_in_place(p, plan.direction) ? 1152 : 288;
   if (multiplies_bfloat16(p, plan.direction)) {  // half the bytes, and filters that are packed once
     pixels = 96;
+    fewer_pixels = 48;
+    channels = 256;
     depth = 384;
-    channels = tasks(pixels, 256) < enough_tasks ? 128 : 256;
+  } else if (!along && taps > 1 && !patches_in_place(p, plan.direction)) {
+    pixels = fewer_pixels;  // they are packed: no more memory than in place
   }
+  if (tasks(pixels, channels) < enough_tasks) channels = 128;
   // Every task stages its pixels' patches anew for its channels, and reads the weights for its pixels: neither gets
   // small.
   if (tasks(pixels, channels) < enough_tasks) channels = 64;
-  if (tasks(pixels, channels) < enough_tasks && rows * cols > 96) pixels /= 2;
+  if (tasks(pixels, channels) < enough_tasks && rows * cols > 96) pixels = fewer_pixels;
   if (tasks(pixels, channels) < enough_tasks / 2) channels = 32;
-  plan.tile_k = int(std::max<int64_t>(1, std::min<int64_t>(contracted * taps, depth)));
+  plan.tile_k = int(std::max<int64_t>(1, std::min(contracted * taps, depth)));
   if (along) {
     plan.tile_m = int(balanced(produced, channels));
     plan.tile_n = int(pixels);
@@ -172,12 +177,15 @@ void plan_gather(const Conv2dProblem& p, Conv2dPlan& plan) {
 // wgrad: blocks of patch elements × filters, summed over blocks of pixels.
 void plan_wgrad(const Conv2dProblem& p, Conv2dPlan& plan) {
   const int64_t taps = p.R * p.S, depth = p.channels_per_group() * taps, filters = p.filters_per_group();
-  int64_t patch = 288, width = 128;
-  const auto tasks = [&] { return pieces_of(depth, patch) * pieces_of(filters, width) * p.groups; };
-  if (tasks() < enough_tasks) width = 64;
-  const bool along = along_pixels(p, plan.direction);
-  const int64_t pixels = along ? pixel_block(p.N, p.P, p.Q, 256).pixels() : balanced(p.N * p.P * p.Q, 256);
-  plan.tile_k = along ? 256 : int(pixels);
+  // Patches are staged or read anew for each block of filters, so that these are wide where patches are short.
+  const bool along = along_pixels(p, plan.direction), half = p.dtype == DType::float16 || p.dtype == DType::bfloat16;
+  // What has to be converted is packed: smaller blocks, so that it takes no more memory.
+  const int64_t patch = half && !along ? 160 : 288, block = half && !along ? 112 : 256;
+  const int64_t width =
+      half && !along ? 64 : std::clamp<int64_t>(36864 / std::max<int64_t>(depth, 1) / 32 * 32, 128, 512);
+  const int64_t tasks = pieces_of(depth, patch) * pieces_of(filters, width) * p.groups;
+  const int64_t pixels = along ? pixel_block(p.N, p.P, p.Q, block).pixels() : balanced(p.N * p.P * p.Q, block);
+  plan.tile_k = int(along ? block : pixels);
   if (along) {
     plan.tile_m = int(patch);
     plan.tile_n = int(std::min(width, whole_panels(filters)));
@@ -185,7 +193,7 @@ void plan_wgrad(const Conv2dProblem& p, Conv2dPlan& plan) {
     plan.tile_m = int(balanced(filters, width));
     plan.tile_n = int(std::min(patch, whole_panels(depth)));
   }
-  plan.split = int(std::clamp<int64_t>(enough_tasks / std::max<int64_t>(tasks(), 1), 1,
+  plan.split = int(std::clamp<int64_t>(enough_tasks / std::max<int64_t>(tasks, 1), 1,
                                        std::max<int64_t>(p.N * p.P * p.Q / pixels, 1)));
   if (plan.split > 1) plan.workspace_bytes = plan.split * (p.w_elements() + p.K) * sum_bytes(p);
   plan.scratch_bytes = aligned(wgrad_scratch(p, plan).end * sum_bytes(p));
