@@ -184,7 +184,8 @@ double winograd_saving(const Conv2dProblem& p, Direction direction) {
   return cost > 0 ? double(p.multiply_adds()) / cost : 0;
 }
 
-constexpr double enough_saving = 1.25;
+// wgrad also writes and reads its sums.
+double enough_saving(Direction direction) { return direction == Direction::wgrad ? 1.25 : 1.05; }
 constexpr int64_t enough_multiply_adds = 1 << 22, most_sum_bytes = 1 << 27;
 
 // wgrad's, in the worst case
@@ -195,7 +196,8 @@ int64_t winograd_sum_bytes(const Conv2dProblem& p, Direction direction) {
 
 bool winograd_wins(const Conv2dProblem& p, Direction direction) {
   return fits_winograd(p) && p.dtype != DType::float64 && p.multiply_adds() >= enough_multiply_adds &&
-         winograd_sum_bytes(p, direction) <= most_sum_bytes && winograd_saving(p, direction) >= enough_saving;
+         winograd_sum_bytes(p, direction) <= most_sum_bytes &&
+         winograd_saving(p, direction) >= enough_saving(direction);
 }
 
 // In the order of winograd_wins.
