@@ -25,7 +25,7 @@ CASES = [
     Case("5x5, padding of the whole filter and more", (2, 3, 4, 5), (4, 3, 5, 5), padding=(5, 6)),
     Case("grouped 5x5", (2, 12, 7, 9), (21, 4, 5, 5), padding=(2, 0), groups=3),
     Case("5x5, one pixel", (1, 3, 1, 1), (4, 3, 5, 5), padding=(2, 2)),
-    Case("5x5, a task a chunk", (3, 9, 36, 34), (35, 9, 5, 5), padding=(2, 2)),
+    Case("5x5, a task a chunk", (3, 9, 70, 66), (35, 9, 5, 5), padding=(2, 2)),
     Case("5x5, deep", (1, 330, 6, 5), (66, 330, 5, 5), padding=(2, 2)),
     Case("filters once for all chunks of tiles", (2, 330, 39, 37), (20, 330, 3, 3), padding=(1, 1)),
     Case("filters for each block of tiles", (1, 33, 38, 36), (34, 33, 3, 3), padding=(1, 1)),
@@ -169,6 +169,8 @@ def test_it_is_taken_unasked_where_it_pays(direction, layout):
     assert few_tiles == ("im2col" if direction == "wgrad" else "winograd")
     assert algo((4, 64, 28, 28), (96, 64, 5, 5), padding=2) == "winograd"
     assert algo((4, 3, 224, 224), (64, 3, 5, 5), padding=2) == "im2col"
+    little_depth = algo((32, 20, 14, 14), (50, 20, 5, 5), padding=2)
+    assert little_depth == ("im2col" if direction == "wgrad" else "winograd")
     assert algo((1, 64, 4, 4), (64, 64, 3, 3)) == "im2col"  # too little work
     large = algo((1, 1024, 56, 56), (1024, 1024, 3, 3))  # wgrad: sums of 144 MiB
     assert large == ("im2col" if direction == "wgrad" else "winograd")

@@ -81,8 +81,7 @@ void transform_all_filters(const WinogradGather<T>& g, int64_t group, acc_t<T>* 
   });
 }
 
-// Brings line `index` of a chain × chain block of filters into L2, where the taps' order in memory allows it: the
-// filters that are neighbours there.
+// Brings row `index` of a chain × chain block of filters into L2: the taps of filters that are neighbours in memory.
 template <int R, typename T>
 void prefetch_filters(const Filters<T>& f, const T* block, int64_t index) {
   const T* from = block + index * max_of(f.m, f.channel);

@@ -178,7 +178,8 @@ void plan_gather(const Conv2dProblem& p, Conv2dPlan& plan) {
 void plan_wgrad(const Conv2dProblem& p, Conv2dPlan& plan) {
   const int64_t taps = p.R * p.S, depth = p.channels_per_group() * taps, filters = p.filters_per_group();
   // Patches are staged or read anew for each block of filters, so that these are wide where patches are short.
-  const bool along = along_pixels(p, plan.direction), half = p.dtype == DType::float16 || p.dtype == DType::bfloat16;
+  const bool along = along_pixels(p, plan.direction);
+  const bool half = element_bytes(p.dtype) < 4 && !multiplies_bfloat16(p, plan.direction);
   // What has to be converted is packed: smaller blocks, so that it takes no more memory.
   const int64_t patch = half && !along ? 160 : 288, block = half && !along ? 112 : 256;
   const int64_t width =
@@ -291,7 +292,8 @@ double winograd_saving(const Conv2dProblem& p, Direction direction) {
   return cost > 0 ? double(p.multiply_adds()) / cost : 0;
 }
 
-constexpr double enough_saving = 1.25;
+// wgrad also writes and reads its sums.
+double enough_saving(Direction direction) { return direction == Direction::wgrad ? 1.25 : 1.05; }
 constexpr int64_t enough_multiply_adds = 1 << 22, most_sum_bytes = 1 << 27;
 
 // wgrad's, in the worst case
@@ -303,7 +305,7 @@ int64_t winograd_sum_bytes(const Conv2dProblem& p, Direction direction) {
 bool winograd_wins(const Conv2dProblem& p, Direction direction) {
   return fits_winograd(p) && p.dtype != DType::float64 && !multiplies_bfloat16(p, direction) &&
          p.multiply_adds() >= enough_multiply_adds && winograd_sum_bytes(p, direction) <= most_sum_bytes &&
-         winograd_saving(p, direction) >= enough_saving;
+         winograd_saving(p, direction) >= enough_saving(direction);
 }
 
 // In the order of winograd_wins.
