@@ -91,13 +91,15 @@ void plan_gather(const Conv2dProblem& p, Conv2dPlan& plan) {
     return blocks * pieces_of(produced, channels) * p.groups;
   };
   int64_t pixels = 224, channels = along && taps == 1 && contracted <= 288 ? 256 : 128;
+  if (!along && taps > 1 && !patches_in_place(p, plan.direction))
+    pixels = 112;  // they are packed: no more memory than in place
   if (tasks(pixels, channels) < enough_tasks) channels = 128;
   // Every task stages its pixels' patches anew for its channels, and reads the weights for its pixels: neither gets
   // small.
   if (tasks(pixels, channels) < enough_tasks) channels = 64;
   if (tasks(pixels, channels) < enough_tasks && rows * cols > 96) pixels = 112;
   if (tasks(pixels, channels) < enough_tasks / 2) channels = 32;
-  const int64_t depth = along ? 288 : patches_in_place(p, plan.direction) ? 1152 : 96;
+  const int64_t depth = along ? 288 : patches_in_place(p, plan.direction) ? 1152 : 288;
   plan.tile_k = int(std::max<int64_t>(1, std::min(contracted * taps, depth)));
   if (along) {
     plan.tile_m = int(balanced(produced, channels));
@@ -117,8 +119,9 @@ void plan_wgrad(const Conv2dProblem& p, Conv2dPlan& plan) {
   // Patches are staged or read anew for each block of filters, so that these are wide where patches are short.
   const bool along = along_pixels(p, plan.direction), half = p.dtype == DType::float16 || p.dtype == DType::bfloat16;
   // What has to be converted is packed: smaller blocks, so that it takes no more memory.
-  const int64_t patch = half && !along ? 160 : 288, block = half && !along ? 56 : 256;
-  const int64_t width = std::clamp<int64_t>(36864 / std::max<int64_t>(depth, 1) / 32 * 32, 128, 512);
+  const int64_t patch = half && !along ? 160 : 288, block = half && !along ? 112 : 256;
+  const int64_t width =
+      half && !along ? 64 : std::clamp<int64_t>(36864 / std::max<int64_t>(depth, 1) / 32 * 32, 128, 512);
   const int64_t tasks = pieces_of(depth, patch) * pieces_of(filters, width) * p.groups;
   const int64_t pixels = along ? pixel_block(p.N, p.P, p.Q, block).pixels() : balanced(p.N * p.P * p.Q, block);
   plan.tile_k = int(along ? block : pixels);
