@@ -179,11 +179,15 @@ void plan_wgrad(const Conv2dProblem& p, Conv2dPlan& plan) {
   const int64_t taps = p.R * p.S, depth = p.channels_per_group() * taps, filters = p.filters_per_group();
   // Patches are staged or read anew for each block of filters, so that these are wide where patches are short.
   const bool along = along_pixels(p, plan.direction);
-  const bool half = element_bytes(p.dtype) < 4 && !multiplies_bfloat16(p, plan.direction);
-  // What has to be converted is packed: smaller blocks, so that it takes no more memory.
-  const int64_t patch = half && !along ? 160 : 288, block = half && !along ? 112 : 256;
-  const int64_t width =
-      half && !along ? 64 : std::clamp<int64_t>(36864 / std::max<int64_t>(depth, 1) / 32 * 32, 128, 512);
+  int64_t patch = 288, block = 256,
+          width = std::clamp<int64_t>(36864 / std::max<int64_t>(depth, 1) / 32 * 32, 128, 512);
+  // 16 bits are packed, in pairs or converted: smaller blocks, so that it takes no more memory.
+  if (element_bytes(p.dtype) < 4 && !along) {
+    const bool pairs = multiplies_bfloat16(p, plan.direction);
+    patch = pairs ? 192 : 160;
+    block = pairs ? 128 : 112;
+    width = pairs ? 128 : 64;
+  }
   const int64_t tasks = pieces_of(depth, patch) * pieces_of(filters, width) * p.groups;
   const int64_t pixels = along ? pixel_block(p.N, p.P, p.Q, block).pixels() : balanced(p.N * p.P * p.Q, block);
   plan.tile_k = int(along ? block : pixels);
