@@ -68,7 +68,7 @@ void plan_depthwise_3x3(const Conv2dProblem& p, Conv2dPlan& plan) {
     plan.workspace_bytes = plan.split * 10 * p.C * sum_bytes(p);
   } else {
     if (planes * pieces_of(rows, plan.tile_m) < enough_tasks)
-      plan.tile_m = int(balanced(rows, std::max<int64_t>(rows * planes / enough_tasks, 4)));
+      plan.tile_m = int(balanced(rows, std::max({rows * planes / enough_tasks, 512 / row, int64_t(4)})));
     plan.tile_k = planes < enough_tasks ? 0 : int(pieces_of(planes, 256));  // planes a task; 0: a part of one
   }
   plan.scratch_bytes = aligned(plane_scratch(p, plan).end * sum_bytes(p));
