@@ -30,14 +30,16 @@ struct Best {
   vec_t<T> value;
   mask_t<T> offset;
 };
-// Scans rows × cols taps from offset `first` on; value_at(r, s) gives their values. Without NaNs one comparison a tap
+// Scans rows × cols taps, from each lane's offset `start` if nothing is greater than −∞ and from offset `first` on;
+// value_at(r, s) gives their values. Without NaNs one comparison a tap
 // is enough; the sum of the values, which a NaN makes NaN, tells whether to scan again with all of them.
 template <typename T, typename Load>
-FASTCONV_INLINE Best<T> scan(int64_t rows, int64_t cols, int64_t first, int64_t window_width, const Load& value_at) {
+FASTCONV_INLINE Best<T> scan(int64_t rows, int64_t cols, int64_t first, int64_t window_width, mask_t<T> start,
+                             const Load& value_at) {
   const mask_t<T> next_row = all_taps<T>(window_width - cols);
   const vec_t<T> nothing = broadcast<T>(-__builtin_inf());
   mask_t<T> tap = all_taps<T>(first);
-  Best<T> best = {nothing, tap};
+  Best<T> best = {nothing, start};
   vec_t<T> sum{};
   for (int64_t r = 0; r < rows; ++r, tap += next_row)
     for (int64_t s = 0; s < cols; ++s, tap += all_taps<T>(1)) {
@@ -48,7 +50,7 @@ FASTCONV_INLINE Best<T> scan(int64_t rows, int64_t cols, int64_t first, int64_t 
     }
   if (__builtin_expect(!any(sum != sum), true)) return best;
   tap = all_taps<T>(first);
-  best = {nothing, tap};
+  best = {nothing, start};
 #pragma GCC unroll 1
   for (int64_t r = 0; r < rows; ++r, tap += next_row)
 #pragma GCC unroll 1
@@ -80,37 +82,66 @@ __attribute__((noinline)) void forward_window(const MaxPool2dProblem& p, const T
   if constexpr (is_kept<Offset>) offsets[i] = Offset(offset);
 }
 
-// y = the windows [begin, end) of one output row. Those in [inner_begin, inner_end) have every column inside x.
-// `available` elements of x can be read from `plane` on, and `room` outputs written from y on.
+// The columns of x that load_strided<stride>() loads from column `start` on.
+template <int stride, typename T>
+FASTCONV_INLINE mask_t<T> columns_from(int64_t start) {
+  const mask_t<T> columns = all_taps<T>(start) + lane_numbers<T>() * all_taps<T>(stride);
+  return stride == 2 ? in_order(columns) : columns;  // which is its own inverse
+}
+
+// Rows of x that are as many bytes as arrive while the first of them is waited for.
+template <typename T>
+FASTCONV_INLINE int64_t rows_ahead(int64_t W) {
+  return ceil_div(4096 / int64_t(sizeof(T)), W);
+}
+
+// y = the windows [begin, end) of one output row. Those in [inner_begin, inner_end) have every column inside x; all
+// touch x. Elements of x can be read from `first_read` to `last_read`, and `room` outputs written from y on.
 // `taps` is the size of a square window without dilation, or 0 for any other window.
 template <int stride, int taps, typename T, typename Offset>
-FASTCONV_INLINE void forward_row(const MaxPool2dProblem& p, const T* plane, int64_t available, int64_t out_row,
-                                 int64_t begin, int64_t end, int64_t inner_begin, int64_t inner_end, T* y,
-                                 Offset* offsets, int64_t room) {
+FASTCONV_INLINE void forward_row(const MaxPool2dProblem& p, const T* plane, const T* first_read, const T* last_read,
+                                 int64_t out_row, int64_t begin, int64_t end, int64_t inner_begin, int64_t inner_end,
+                                 T* y, Offset* offsets, int64_t room) {
   const int64_t S = taps ? taps : p.S, step = stride ? stride : p.stride_w;
   const int64_t dilation_h = taps ? 1 : p.dilation_h, dilation_w = taps ? 1 : p.dilation_w, W = p.W;
   const int64_t h = out_row * p.stride_h - p.pad_h;
   const Taps rows = taps_inside(h, dilation_h, taps ? taps : p.R, p.H);
   inner_begin = max_of(inner_begin, begin);
   inner_end = min_of(inner_end, end);
-  if (rows.begin == rows.end || inner_begin >= inner_end) inner_begin = inner_end = end;
+  if (rows.begin == rows.end || (!taps && inner_begin >= inner_end)) inner_begin = inner_end = end;
 
-  int64_t q = inner_begin;
+  // Windows over the edge are done one at a time, or, of the usual sizes, in vectors whose columns outside x are −∞.
+  const int64_t vectors_begin = taps && rows.begin < rows.end ? begin : inner_begin;
+  const int64_t vectors_end = taps ? end : inner_end;
+  int64_t q = vectors_begin;
   const T* corner = plane + (h + rows.begin * dilation_h) * W - p.pad_w;  // of window 0, without the rows above x
   const int64_t span =
       (rows.end - rows.begin - 1) * dilation_h * W + (S - 1) * dilation_w + elements_read<stride>(lanes<T>, step);
   // Rows are short, and the processor does not foresee that the next ones follow.
-  const int64_t prefetched = taps ? p.stride_h : 0;
+  const int64_t new_rows = taps ? min_of(p.stride_h, int64_t(taps)) : 0, ahead = rows_ahead<T>(W) * W;
   const auto run = [&](int64_t row_count) __attribute__((always_inline)) {
-    for (; q < inner_end && corner + q * step - plane + span <= available && q - begin + lanes<T> <= room;
-         q += lanes<T>) {
+    const auto scan_vector = [&](const T* first, bool over_edge) __attribute__((always_inline)) {
+      mask_t<T> start = all_taps<T>(rows.begin * S), columns{};
+      if (over_edge) {
+        columns = columns_from<stride, T>(q * step - p.pad_w);
+        start -= columns < 0 ? columns : mask_t<T>{};
+      }
+      return scan<T>(row_count, S, rows.begin * S, S, start, [=](int64_t r, int64_t s) __attribute__((always_inline)) {
+        const T* row = first + r * dilation_h * W;
+        const vec_t<T> v = taps ? load_tap<stride>(row, s, step) : load_strided<stride>(row + s * dilation_w, step);
+        if (!over_edge) return v;
+        const mask_t<T> column = columns + all_taps<T>(s);
+        return (column >= 0) & (column < all_taps<T>(W)) ? v : broadcast<T>(-__builtin_inf());
+      });
+    };
+    for (; q < vectors_end && q - begin + lanes<T> <= room; q += lanes<T>) {
       const T* first = corner + q * step;
-      for (int64_t r = 0; r < min_of(row_count, prefetched); ++r) __builtin_prefetch(first + (row_count + r) * W);
-      const Best<T> best =
-          scan<T>(row_count, S, rows.begin * S, S, [=](int64_t r, int64_t s) __attribute__((always_inline)) {
-            const T* row = first + r * dilation_h * W;
-            return taps ? load_tap<stride>(row, s, step) : load_strided<stride>(row + s * dilation_w, step);
-          });
+      if (first < first_read || first + span > last_read) break;
+      for (int64_t r = row_count - min_of(row_count, new_rows); r < row_count; ++r)
+        for (int64_t i = 0; i < stride * lanes<T>; i += 64 / int64_t(sizeof(T)))
+          __builtin_prefetch(first + ahead + r * W + i);
+      const bool over_edge = taps && (q < inner_begin || min_of(q + lanes<T>, end) > inner_end);
+      const Best<T> best = over_edge ? scan_vector(first, true) : scan_vector(first, false);
       store(y + q - begin, stride == 2 ? in_order(best.value) : best.value);
       if constexpr (is_kept<Offset>)
         store_offsets<T>(offsets + q - begin, stride == 2 ? in_order(best.offset) : best.offset);
@@ -120,8 +151,8 @@ FASTCONV_INLINE void forward_row(const MaxPool2dProblem& p, const T* plane, int6
     run(taps);  // of constant length: unrolled
   else
     run(rows.end - rows.begin);
-  for (int64_t e = begin; e < inner_begin; ++e) forward_window(p, plane, 1, out_row, e, y, offsets, e - begin);
-  for (int64_t e = min_of(q, inner_end); e < end; ++e) forward_window(p, plane, 1, out_row, e, y, offsets, e - begin);
+  for (int64_t e = begin; e < vectors_begin; ++e) forward_window(p, plane, 1, out_row, e, y, offsets, e - begin);
+  for (int64_t e = min_of(q, vectors_end); e < end; ++e) forward_window(p, plane, 1, out_row, e, y, offsets, e - begin);
 }
 
 template <int stride, int taps, typename T, typename Offset>
@@ -140,7 +171,7 @@ void forward_nchw(const MaxPool2dProblem& problem, const T* x, T* y, Offset* off
     for (; i < task_end; walk.next()) {
       const int64_t plane = walk.plane * p.H * p.W, begin = walk.column * segment_columns;
       const int64_t end = min_of(begin + segment_columns, p.Q);
-      forward_row<stride, taps>(p, x + plane, p.x_elements() - plane, walk.row, begin, end, inner_begin, inner_end,
+      forward_row<stride, taps>(p, x + plane, x, x + p.x_elements(), walk.row, begin, end, inner_begin, inner_end,
                                 y + i, is_kept<Offset> ? offsets + i : offsets, task_end - i);
       i += end - begin;
     }
@@ -171,10 +202,10 @@ void forward_nhwc(const MaxPool2dProblem& problem, const T* x, T* y, Offset* off
         for (int64_t c = 0; c < C; c += lanes<T>) {
           if (c + lanes<T> > C && C >= lanes<T>) c = C - lanes<T>;  // once more some of those before
           const T* first = corner + c;
-          const Best<T> best = scan<T>(row_count, column_count, rows.begin * S + cols.begin, S,
-                                       [=](int64_t r, int64_t s) __attribute__((always_inline)) {
-                                         return load(first + r * row_step + s * column_step);
-                                       });
+          const Best<T> best =
+              scan<T>(row_count, column_count, rows.begin * S + cols.begin, S, all_taps<T>(rows.begin * S + cols.begin),
+                      [=](int64_t r, int64_t s)
+                          __attribute__((always_inline)) { return load(first + r * row_step + s * column_step); });
           store(y_here + pixel * C + c, best.value);
           if constexpr (is_kept<Offset>) store_offsets<T>(offsets_here + pixel * C + c, best.offset);
         }
