@@ -3,10 +3,9 @@
 // it belongs to, and the nine weights stay in registers. Taps in the padding are left out.
 #pragma once
 
-#include <utility>
-
 #include "conv2d_depthwise_blocks.h"
 #include "conv2d_depthwise_nhwc.h"
+#include "for_constants.h"
 
 namespace fastconv::cpu {
 namespace {
@@ -26,17 +25,6 @@ struct Doubling {  // dgrad of stride 2 and padding 1: outputs 2i and 2i + 1 rea
   static int64_t input(int64_t out, int64_t tap, int64_t) { return (out + 1 - tap) % 2 ? -1 : (out + 1 - tap) / 2; }
 };
 constexpr bool is_tap(int tap) { return tap >= 0 && tap < 3; }
-
-// Calls f with the constants 0 … Count − 1.
-template <typename F, int... I>
-FASTCONV_INLINE void for_constants(std::integer_sequence<int, I...>, const F& f) {
-  (f(std::integral_constant<int, I>()), ...);
-}
-template <int Count, typename F>
-FASTCONV_INLINE void for_constants(const F& f) {
-  for_constants(std::make_integer_sequence<int, Count>(), f);
-}
-#define FASTCONV_LAMBDA __attribute__((always_inline))
 
 // An image of either side: rows and columns of `channels` elements.
 template <typename T>

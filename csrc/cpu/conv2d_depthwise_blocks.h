@@ -9,11 +9,12 @@ namespace fastconv::cpu {
 namespace {
 
 // The 3×3 filters that have a kernel of their own, on planes whose rows are short enough for a block to stay in L1.
+constexpr int64_t max_plane_width = 1024;
 inline bool depthwise_3x3(const Conv2dProblem& p) {
   const bool unit = p.stride_h == 1 && p.stride_w == 1 && p.pad_h <= 2 && p.pad_w <= 2;
   const bool halving = p.stride_h == 2 && p.stride_w == 2 && p.pad_h == 1 && p.pad_w == 1;
   return p.layout == Layout::NCHW && p.R == 3 && p.S == 3 && p.dilation_h == 1 && p.dilation_w == 1 &&
-         (unit || halving) && p.W <= 1024;
+         (unit || halving) && p.W <= max_plane_width;
 }
 
 // The same in NHWC: any padding, but for dgrad of stride 2.
