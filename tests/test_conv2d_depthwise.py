@@ -102,6 +102,19 @@ def test_an_infinity_reaches_only_what_reads_it(which, stride, layout):
         assert torch.equal(result.isfinite(), reference.value.isfinite()), name
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("stride, padding", [((1, 1), (0, 0)), ((2, 2), (1, 1))])
+def test_an_infinity_at_the_end_of_a_row_does_not_reach_outputs_that_are_not_there(stride, padding, layout):
+    """Its column would be the first tap's of an output past the last one, whose dy is padding."""
+    case = case_of(3 if layout == "contiguous" else 18, 9, 20, stride, padding)
+    x, w, b, dy = test_conv2d.inputs_of(case, torch.float32, layout)
+    x[1, 1, 3, -1] = torch.inf
+    expected = conv2d_reference(x, w, b, dy, *case.config)
+    actual = conv2d_gradients(lambda *t: fastconv.conv2d(*t, *case.config, algo="depthwise"), x, w, b, dy)
+    for name, result, reference in zip(("y", "dx", "dw", "db"), actual, expected, strict=True):
+        assert torch.equal(result.isfinite(), reference.value.isfinite()), name
+
+
 def test_the_plan_names_the_kernel():
     def kernel(layout=torch.contiguous_format, taps=3, **config):
         x = torch.empty(2, 32, 14, 15, device="meta", memory_format=layout)
