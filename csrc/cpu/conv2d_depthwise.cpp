@@ -7,6 +7,7 @@
 // There is no reuse across channels, so this is memory traffic: each block is read once, used by all taps, written
 // once.
 #include "conv2d_depthwise_3x3.h"
+#include "conv2d_depthwise_3x3_nhwc.h"
 #include "conv2d_depthwise_nchw.h"
 #include "conv2d_depthwise_nhwc.h"
 
@@ -37,6 +38,8 @@ void fprop(const Conv2dProblem& problem, const Conv2dPlan& plan, const void* x, 
       fprop_3x3(problem, plan, (const T*)x, (const T*)w, (const T*)bias, (T*)y, (char*)scratch, parallel);
     else if (problem.layout == Layout::NCHW)
       fprop_nchw(problem, plan, (const T*)x, (const T*)w, (const T*)bias, (T*)y, (char*)scratch, parallel);
+    else if (depthwise_3x3_nhwc(problem, plan.direction))
+      fprop_3x3_nhwc(problem, plan, (const T*)x, (const T*)w, (const T*)bias, (T*)y, (acc_t<T>*)workspace, parallel);
     else
       fprop_nhwc(problem, plan, (const T*)x, (const T*)w, (const T*)bias, (T*)y, (acc_t<T>*)workspace, parallel);
   });
@@ -50,6 +53,8 @@ void dgrad(const Conv2dProblem& problem, const Conv2dPlan& plan, const void* dy,
       dgrad_3x3(problem, plan, (const T*)dy, (const T*)w, (T*)dx, (char*)scratch, parallel);
     else if (problem.layout == Layout::NCHW)
       dgrad_nchw(problem, plan, (const T*)dy, (const T*)w, (T*)dx, (char*)scratch, parallel);
+    else if (depthwise_3x3_nhwc(problem, plan.direction))
+      dgrad_3x3_nhwc(problem, plan, (const T*)dy, (const T*)w, (T*)dx, (acc_t<T>*)workspace, parallel);
     else
       dgrad_nhwc(problem, plan, (const T*)dy, (const T*)w, (T*)dx, (acc_t<T>*)workspace, parallel);
   });
@@ -61,7 +66,10 @@ void wgrad(const Conv2dProblem& problem, const Conv2dPlan& plan, const void* dy,
     using T = decltype(element);
     auto* partial = (acc_t<T>*)workspace;
     if (problem.layout == Layout::NHWC) {
-      wgrad_nhwc(problem, plan, (const T*)dy, (const T*)x, partial, parallel);
+      const auto run = !depthwise_3x3_nhwc(problem, plan.direction) ? wgrad_nhwc<T>
+                       : problem.stride_h == 1                      ? wgrad_3x3_nhwc<T, 1>
+                                                                    : wgrad_3x3_nhwc<T, 2>;
+      run(problem, plan, (const T*)dy, (const T*)x, partial, parallel);
       return reduce_nhwc(problem, plan, partial, (T*)dw, (T*)db, parallel);
     }
     if (depthwise_3x3(problem))

@@ -1,5 +1,6 @@
-// The blocks of depthwise convolution with 3×3 filters in NCHW and the memory they take: one truth for the plan, which
-// asks for the buffers, and for the kernel, which lays them out. Elements are of the type that sums are kept in.
+// Which depthwise convolutions have kernels for 3×3 filters; their blocks in NCHW and the memory they take: one truth
+// for the plan, which asks for the buffers, and for the kernel, which lays them out. Elements are of the type that sums
+// are kept in.
 #pragma once
 
 #include "conv2d_blocks.h"
@@ -8,11 +9,20 @@ namespace fastconv::cpu {
 namespace {
 
 // The 3×3 filters that have a kernel of their own, on planes whose rows are short enough for a block to stay in L1.
+constexpr int64_t max_plane_width = 1024;
 inline bool depthwise_3x3(const Conv2dProblem& p) {
   const bool unit = p.stride_h == 1 && p.stride_w == 1 && p.pad_h <= 2 && p.pad_w <= 2;
   const bool halving = p.stride_h == 2 && p.stride_w == 2 && p.pad_h == 1 && p.pad_w == 1;
   return p.layout == Layout::NCHW && p.R == 3 && p.S == 3 && p.dilation_h == 1 && p.dilation_w == 1 &&
-         (unit || halving) && p.W <= 1024;
+         (unit || halving) && p.W <= max_plane_width;
+}
+
+// The same in NHWC: any padding, but for dgrad of stride 2.
+inline bool depthwise_3x3_nhwc(const Conv2dProblem& p, Direction direction) {
+  const bool halving = p.stride_h == 2 && p.stride_w == 2;
+  return p.layout == Layout::NHWC && p.R == 3 && p.S == 3 && p.dilation_h == 1 && p.dilation_w == 1 &&
+         ((p.stride_h == 1 && p.stride_w == 1) ||
+          (halving && (direction != Direction::dgrad || (p.pad_h == 1 && p.pad_w == 1))));
 }
 
 // The source of a direction and how its rows are staged: from column −pad on; with stride 2 (fprop, wgrad) the even

@@ -134,11 +134,16 @@ void dgrad_nchw(const Conv2dProblem& pr, const Conv2dPlan& plan, const T* dy, co
   });
 }
 
+// Σ of the lanes, in halves.
+template <typename E, int Half, int... J>
+FASTCONV_INLINE vec_t<E> add_halves(vec_t<E> v, std::integer_sequence<int, J...> sequence) {
+  v += shuffle<E, (J ^ Half)...>(v, v);
+  if constexpr (Half > 1) return add_halves<E, Half / 2>(v, sequence);
+  return v;
+}
 template <typename T>
 FASTCONV_INLINE acc_t<T> sum_lanes(vec_t<T> v) {
-  acc_t<T> sum = 0;
-  for (int i = 0; i < lanes<T>; ++i) sum += v[i];
-  return sum;
+  return add_halves<acc_t<T>, lanes<T> / 2>(v, std::make_integer_sequence<int, lanes<T>>())[0];
 }
 
 // Σ_ij dy[i][j] · in[i][j], rows in_pitch apart in `in`; dy's rows are padded to whole vectors. What `in` holds past a

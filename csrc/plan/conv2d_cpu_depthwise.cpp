@@ -28,10 +28,32 @@ void plan_depthwise_3x3(const Conv2dProblem& p, Conv2dPlan& plan) {
   plan.scratch_bytes = aligned(plane_scratch(p, plan).end * sum_bytes(p));
 }
 
+// Rows and channels. Pairs of rows share what they read.
+void plan_depthwise_3x3_nhwc(const Conv2dProblem& p, Conv2dPlan& plan) {
+  plan.kernel =
+      pick(plan.direction, "conv2d_depthwise_3x3_fprop", "conv2d_depthwise_3x3_dgrad", "conv2d_depthwise_3x3_wgrad");
+  const int64_t channels = pieces_of(p.C, 16) * 16;  // whole vectors
+  if (plan.direction == Direction::wgrad) {
+    plan.tile_n = int(balanced(channels / 16, 4) * 16);
+    plan.split = int(
+        std::clamp<int64_t>(pieces_of(enough_tasks, pieces_of(p.C, plan.tile_n)), 1, std::max<int64_t>(p.N * p.P, 1)));
+    plan.workspace_bytes = plan.split * 10 * channels * sum_bytes(p);
+    return;
+  }
+  const bool dgrad = plan.direction == Direction::dgrad;
+  const int64_t rows = dgrad ? p.H : p.P, row = std::max<int64_t>((dgrad ? p.W : p.Q) * p.C, 1);
+  const int64_t least = std::max<int64_t>(pieces_of(2048, row), 1);
+  plan.tile_m = 2 * int(std::clamp<int64_t>(p.N * rows / (4 * enough_tasks), least, std::max<int64_t>(least, 8)));
+  const int64_t parts = pieces_of(enough_tasks, std::max<int64_t>(p.N * pieces_of(rows, plan.tile_m), 1));
+  plan.tile_n = int(std::clamp<int64_t>(pieces_of(channels / 16, parts), 4, 1 << 26) * 16);
+  plan.workspace_bytes = 9 * channels * sum_bytes(p);
+}
+
 }  // namespace
 
 void plan_depthwise(const Conv2dProblem& p, Conv2dPlan& plan) {
   if (depthwise_3x3(p)) return plan_depthwise_3x3(p, plan);
+  if (depthwise_3x3_nhwc(p, plan.direction)) return plan_depthwise_3x3_nhwc(p, plan);
   plan.kernel = pick(plan.direction, "conv2d_depthwise_fprop", "conv2d_depthwise_dgrad", "conv2d_depthwise_wgrad");
   const int64_t taps = p.R * p.S, channels = pieces_of(p.C, 16) * 16;  // whole vectors
   if (p.layout == Layout::NHWC) {
