@@ -26,6 +26,13 @@ bool write_taps(const acc_t<T>* sums, int64_t row, int64_t matrix, int64_t k, in
     const int64_t count = min_of<int64_t>(lanes<E>, c_count - c);
     E taps[9][lanes<E>];
     for (int f = 0; f < tile_products; ++f) __builtin_prefetch(sums + f * matrix + c + row);
+    if (dw.channel == 1) {
+      for (int64_t i = 0; i < R; ++i)
+        for (int64_t j = 0; j < S; ++j) __builtin_prefetch(dw.at(k + 1, c0 + c, r + i, s + j), 1);
+    } else {
+      for (int64_t at = 0; at < lanes<E> * dw.channel; at += 64 / int64_t(sizeof(T)))
+        __builtin_prefetch(dw.at(k + 1, c0 + c, 0, 0) + at, 1);
+    }
     transform<E, OutputMatrix<3>>([&](int i, int j) { return load(sums + (i * 6 + j) * matrix + c); },
                                   [&](int i, int j, vec_t<E> v) { store(taps[i * 3 + j], v); });
     for (int tap = 0; tap < 9; ++tap) zero += load_first(taps[tap], count) * E(0);
