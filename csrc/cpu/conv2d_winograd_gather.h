@@ -81,20 +81,12 @@ void transform_all_filters(const WinogradGather<T>& g, int64_t group, acc_t<T>* 
   });
 }
 
-// Brings the cache lines of `count` elements into L2. Inlined by force: GCC takes a function that only prefetches for one
-// without effect and leaves out its calls.
-template <typename T>
-FASTCONV_INLINE void prefetch_lines(const T* from, int64_t count) {
-  for (const char *at = (const char*)from, *end = (const char*)(from + count); at < end; at += 64)
-    __builtin_prefetch(at, 0, 2);
-}
-
-// Brings row `index` of a chain × chain block of filters into L2: the taps of filters that are neighbours in memory.
+// Asks for row `index` of a chain × chain block of filters: the taps of filters that are neighbours in memory.
 template <int R, typename T>
 FASTCONV_INLINE void prefetch_filters(const Filters<T>& f, const T* block, int64_t index) {
   const T* from = block + index * max_of(f.m, f.channel);
-  if (f.s == 1) return prefetch_lines(from, chain * R * R);
-  for (int64_t tap = 0; tap < R * R; ++tap) prefetch_lines(from + tap / R * f.r + tap % R * f.s, chain);
+  if (f.s == 1) return prefetch_lines<false>(from, chain * R * R);
+  for (int64_t tap = 0; tap < R * R; ++tap) prefetch_lines<false>(from + tap / R * f.r + tap % R * f.s, chain);
 }
 
 // products[f][tile][m] of `count` tiles of X[chain][f][tile][chain] and of m_count produced channels from m0 on, whose
@@ -138,6 +130,21 @@ void write_tiles(const WinogradGather<T>& g, const acc_t<T>* outputs, int64_t ti
   }
 }
 
+// Asks for the outputs of a tile.
+template <int Step, typename T>
+FASTCONV_INLINE void prefetch_tile(const WinogradGather<T>& g, const Tiles& tiles, int64_t tile, int64_t channel,
+                                   int64_t channels) {
+  constexpr int64_t apart = 64 / int64_t(Step * sizeof(T));  // tiles whose rows share cache lines in NCHW
+  const int64_t j = tile % tiles.cols, i = tile / tiles.cols % tiles.rows, n = tile / tiles.cols / tiles.rows;
+  if (g.out.col == 1 && j % apart != 0) return;
+  for (int64_t row = i * Step; row < min_of((i + 1) * Step, g.out_rows); ++row)
+    if (g.out.col == 1)
+      for (int64_t ch = 0; ch < channels; ++ch) prefetch_lines<true>(g.out.at(n, channel + ch, row, j * Step), 1);
+    else
+      for (int64_t col = j * Step; col < min_of((j + 1) * Step, g.out_cols); ++col)
+        prefetch_lines<true>(g.out.at(n, channel, row, col), channels);
+}
+
 // Whether all results are finite. An infinity or NaN spoils all of the tile that reads it, so then they are to be
 // computed in another way.
 template <int R, typename T>
@@ -174,13 +181,16 @@ bool winograd_gather(const Conv2dProblem& pr, const Conv2dPlan& plan, const Wino
         if (form == GatherForm::passing) {
           multiply_passing<R>(g, group, m0, m_count, x + t0 * chain, matrix, t1 - t0, layout, own);
         } else {
-          for (int64_t f = 0; f < tile_products; ++f)
+          for (int64_t f = 0; f < tile_products; ++f) {
+            for (int64_t t = t0 + f; t < t1; t += tile_products)
+              prefetch_tile<step>(g, tiles, chunk0 + t, group * g.produced + m0, m_count);
             for (int64_t ch = 0; ch == 0 || ch < g.contracted; ch += chain)
               for (int64_t m = 0; m < m_count; m += width)
                 multiply_chain<chain, 1>(t1 - t0, min_of(chain, g.contracted - ch),
                                          x + (ch / chain * tile_products + f) * matrix + t0 * chain,
                                          filters + f * memory.filters_matrix + (m0 + m) * g.contracted + ch * width,
                                          products + f * layout.products_matrix + m, layout.products_row, ch > 0);
+          }
         }
         vec_t<E> zero{};  // NaN where a result was not finite
         for (int64_t m = 0; m < m_count; m += width) {

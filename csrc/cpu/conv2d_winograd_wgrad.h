@@ -15,6 +15,15 @@
 namespace fastconv::cpu {
 namespace {
 
+// Asks for the taps of a filter's channels: R × S of them from (r, s) on, or all where channels are neighbours in memory.
+template <typename T>
+FASTCONV_INLINE void prefetch_taps(const Images<T>& dw, int64_t k, int64_t c, int64_t channels, int64_t r, int64_t s,
+                                   int64_t R, int64_t S) {
+  if (dw.channel != 1) return prefetch_lines<true>(dw.at(k, c, 0, 0), channels * dw.channel);
+  for (int64_t i = 0; i < R; ++i)
+    for (int64_t j = 0; j < S; ++j) prefetch_lines<true>(dw.at(k, c, r + i, s + j), channels);
+}
+
 // dw[k][c] = the inverse transform of sums[f][c], of the piece's taps that the filter has, R × S from (r, s) on.
 // Whether it is finite. The next k, `row` further, is on its way meanwhile.
 template <typename T>
@@ -26,13 +35,6 @@ bool write_taps(const acc_t<T>* sums, int64_t row, int64_t matrix, int64_t k, in
     const int64_t count = min_of<int64_t>(lanes<E>, c_count - c);
     E taps[9][lanes<E>];
     for (int f = 0; f < tile_products; ++f) __builtin_prefetch(sums + f * matrix + c + row);
-    if (dw.channel == 1) {
-      for (int64_t i = 0; i < R; ++i)
-        for (int64_t j = 0; j < S; ++j) __builtin_prefetch(dw.at(k + 1, c0 + c, r + i, s + j), 1);
-    } else {
-      for (int64_t at = 0; at < lanes<E> * dw.channel; at += 64 / int64_t(sizeof(T)))
-        __builtin_prefetch(dw.at(k + 1, c0 + c, 0, 0) + at, 1);
-    }
     transform<E, OutputMatrix<3>>([&](int i, int j) { return load(sums + (i * 6 + j) * matrix + c); },
                                   [&](int i, int j, vec_t<E> v) { store(taps[i * 3 + j], v); });
     for (int tap = 0; tap < 9; ++tap) zero += load_first(taps[tap], count) * E(0);
@@ -91,12 +93,15 @@ bool winograd_wgrad(const Conv2dProblem& p, const Conv2dPlan& plan, const T* dy,
     const TiledImages<T> x_images{images(x, p.layout, p.C, p.H, p.W), p.H, p.W, r - p.pad_h, s - p.pad_w};
     const Images<T> dw_images =
         images(dw + group * kg * p.w_elements() / max_of<int64_t>(p.K, 1), p.layout, cg, p.R, p.S);
+    const int64_t R = min_of<int64_t>(3, p.R - r), S = min_of<int64_t>(3, p.S - s);
     const auto write_rows = [&](const E* block, int64_t k0, int64_t c0, int64_t row0, int64_t rows) {
       const int64_t c_count = min_of<int64_t>(plan.tile_n, cg - c0);
-      for (int64_t row = row0; row < min_of(row0 + rows, kg - k0); ++row)
-        if (!write_taps(block + row * plan.tile_n, plan.tile_n, tasks.matrix, k0 + row, c0, c_count, r, s,
-                        min_of<int64_t>(3, p.R - r), min_of<int64_t>(3, p.S - s), dw_images))
+      for (int64_t row = row0; row < min_of(row0 + rows, kg - k0); ++row) {
+        if (tasks.kept) prefetch_taps(dw_images, k0 + row + 1, c0, c_count, r, s, R, S);
+        if (!write_taps(block + row * plan.tile_n, plan.tile_n, tasks.matrix, k0 + row, c0, c_count, r, s, R, S,
+                        dw_images))
           __atomic_store_n(&spoilt, true, __ATOMIC_RELAXED);
+      }
     };
     for (int64_t box0 = 0; box0 < tiles.boxes; box0 += tiles.chunk_boxes) {
       const int64_t boxes = min_of(tiles.chunk_boxes, tiles.boxes - box0);
@@ -126,10 +131,13 @@ bool winograd_wgrad(const Conv2dProblem& p, const Conv2dPlan& plan, const T* dy,
         E* const block = tasks.kept ? kept_sums + index * tasks.block : (E*)(scratch + worker * plan.scratch_bytes);
         for (int64_t k = k0; k < k1; k += width)
           for (int64_t c = c0; c < c1; c += width)
-            for (int64_t f = part * tile_products / tasks.parts; f < (part + 1) * tile_products / tasks.parts; ++f)
+            for (int64_t f = part * tile_products / tasks.parts; f < (part + 1) * tile_products / tasks.parts; ++f) {
+              if (!tasks.kept && k == k0 && c == c0 && f < k1 - k0)
+                prefetch_taps(dw_images, k0 + f, c0, c1 - c0, r, s, R, S);
               add_tiles(min_of<int64_t>(width, k1 - k), count, dy_data + k / width * panel_elements + f * matrix,
                         x_data + c / width * panel_elements + f * matrix,
                         block + f * tasks.matrix + (k - k0) * plan.tile_n + (c - c0), plan.tile_n, box0 > 0);
+            }
         if (!tasks.kept) write_rows(block, k0, c0, 0, plan.tile_m);
       });
       for (int64_t box = 0; db && first && box < boxes; ++box)
