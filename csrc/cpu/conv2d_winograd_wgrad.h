@@ -20,7 +20,7 @@ namespace {
 template <typename T>
 FASTCONV_INLINE void prefetch_taps(const Images<T>& dw, int64_t k, int64_t c, int64_t channels, int64_t r, int64_t s,
                                    int64_t R, int64_t S) {
-  if (dw.channel != 1) return prefetch_lines<true>(dw.at(k, c, 0, 0), channels * dw.channel);
+  if (dw.channel != 1) return prefetch_lines<true, 1>(dw.at(k, c, 0, 0), channels * dw.channel);
   for (int64_t i = 0; i < R; ++i)
     for (int64_t j = 0; j < S; ++j) prefetch_lines<true>(dw.at(k, c, r + i, s + j), channels);
 }
