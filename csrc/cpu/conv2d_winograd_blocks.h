@@ -47,7 +47,7 @@ struct Tiles {
   // Tiles before tile j of row i of image n that take part in a matrix of that kind.
   int64_t before(int kind, int64_t n, int64_t i, int64_t j) const {
     const int64_t r = rows - (kind / 2 ? 0 : 1), c = cols - (kind % 2 ? 0 : 1);
-    return i < r ? (n * r + i) * c + (j < c ? j : c) : (n + 1) * r * c;
+    return i < r ? (n * r + i) * c + j : (n + 1) * r * c;
   }
   static bool takes(int64_t points, int64_t point) { return point < points - 1 || point == tile_in - 1; }
 };

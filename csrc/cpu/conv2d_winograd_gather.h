@@ -112,7 +112,8 @@ void multiply_passing(const WinogradGather<T>& g, int64_t group, int64_t m0, int
       for (int64_t m = 0; m < m_count; m += width)
         multiply_chain<chain, 1>(count.of[tiles.kind(f)], depth, x + f * x_matrix + skipped.of[tiles.kind(f)] * chain,
                                  filters + f * layout.filters_matrix + m * depth,
-                                 products + f * layout.products_matrix + m, layout.products_row, ch > 0);
+                                 products + f * layout.products_matrix + m, layout.products_row, ch > 0,
+                                 x + (f + 1) * x_matrix);
     }
   }
 }
@@ -192,13 +193,14 @@ bool winograd_gather(const Conv2dProblem& pr, const Conv2dPlan& plan, const Wino
           for (int64_t f = 0; f < tile_products; ++f) {
             for (int64_t t = t0 + f; t < t1; t += tile_products)
               prefetch_tile<step>(g, tiles, chunk0 + t, group * g.produced + m0, m_count);
-            for (int64_t ch = 0; ch == 0 || ch < g.contracted; ch += chain)
+            const int64_t panel = tile_products * matrix;  // of a chain of channels
+            const E* own_x = x + f * matrix + skipped.of[tiles.kind(f)] * chain;
+            for (int64_t ch = 0; ch == 0 || ch < g.contracted; ch += chain, own_x += panel)
               for (int64_t m = 0; m < m_count; m += width)
-                multiply_chain<chain, 1>(
-                    own_count.of[tiles.kind(f)], min_of(chain, g.contracted - ch),
-                    x + (ch / chain * tile_products + f) * matrix + skipped.of[tiles.kind(f)] * chain,
-                    filters + f * memory.filters_matrix + (m0 + m) * g.contracted + ch * width,
-                    products + f * layout.products_matrix + m, layout.products_row, ch > 0);
+                multiply_chain<chain, 1>(own_count.of[tiles.kind(f)], min_of(chain, g.contracted - ch), own_x,
+                                         filters + f * memory.filters_matrix + (m0 + m) * g.contracted + ch * width,
+                                         products + f * layout.products_matrix + m, layout.products_row, ch > 0,
+                                         own_x + panel);
           }
         }
         vec_t<E> zero{};  // NaN where a result was not finite

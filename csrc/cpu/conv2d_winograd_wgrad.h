@@ -66,7 +66,8 @@ void add_tiles(int64_t rows, int64_t count, const E* d, const E* x, E* sums, int
     E* const to = add ? partial : sums;
     const int64_t to_row = add ? width : sums_row;
     for (int64_t t = t0; t < t1; t += tile_chain)
-      multiply_chain<1, width>(rows, min_of(tile_chain, t1 - t), d + t * width, x + t * width, to, to_row, t > t0);
+      multiply_chain<1, width>(rows, min_of(tile_chain, t1 - t), d + t * width, x + t * width, to, to_row, t > t0,
+                               d + (t + tile_chain) * width);
     for (int64_t i = 0; add && i < rows; ++i)
       for (int64_t j = 0; j < width; j += lanes<E>)
         store(sums + i * sums_row + j, load(sums + i * sums_row + j) + load(partial + i * width + j));
