@@ -114,22 +114,19 @@ bool winograd_wgrad(const Conv2dProblem& p, const Conv2dPlan& plan, const T* dy,
       const int64_t chunk0 = tiles.first(box0), count = tiles.first(box0 + boxes) - chunk0;
       const TileCounts before = tiles_before(tiles, chunk0), counts = tiles_before(tiles, chunk0 + count) - before;
       const int64_t matrix = tiles_matrix(count, width), panel_elements = tile_products * matrix;
-      const int64_t panels = x_panels + (first || tiles.chunks() > 1 ? dy_panels : 0);  // D of one chunk is still there
-      for_each_task(parallel, boxes * panels, [&](int worker, int64_t task) {
-        const int64_t panel = task % panels, box = task / panels;
-        E* const stage = (E*)(scratch + worker * plan.scratch_bytes);
-        if (panel < x_panels) {
-          const int64_t c = panel * width;
-          transform_box<InputMatrix, 4>(x_images, tiles, partial_x, box0 + box, before, group * cg + c,
-                                        min_of<int64_t>(width, cg - c),
-                                        {x_data + panel * panel_elements, matrix, width}, (E*)nullptr, stage);
-        } else {
-          const int64_t k = (panel - x_panels) * width;
-          transform_box<FilterMatrix<4>, 4>(dy_images, tiles, partial_dy, box0 + box, before, group * kg + k,
-                                            min_of<int64_t>(width, kg - k),
-                                            {dy_data + (panel - x_panels) * panel_elements, matrix, width},
-                                            db ? box_sums + box * sums_row + k : nullptr, stage);
-        }
+      for_each_task(parallel, x_panels * boxes, [&](int worker, int64_t task) {
+        const int64_t panel = task / boxes, box = task % boxes, c = panel * width;
+        transform_box<InputMatrix, 4>(x_images, tiles, partial_x, box0 + box, before, group * cg + c,
+                                      min_of<int64_t>(width, cg - c), {x_data + panel * panel_elements, matrix, width},
+                                      (E*)nullptr, (E*)(scratch + worker * plan.scratch_bytes));
+      });
+      const bool new_dy = first || tiles.chunks() > 1;  // D of one chunk is still there
+      for_each_task(parallel, new_dy ? dy_panels * boxes : 0, [&](int worker, int64_t task) {
+        const int64_t panel = task / boxes, box = task % boxes, k = panel * width;
+        transform_box<FilterMatrix<4>, 4>(
+            dy_images, tiles, partial_dy, box0 + box, before, group * kg + k, min_of<int64_t>(width, kg - k),
+            {dy_data + panel * panel_elements, matrix, width}, db ? box_sums + box * sums_row + k : nullptr,
+            (E*)(scratch + worker * plan.scratch_bytes));
       });
       for_each_task(parallel, tasks.blocks() * tasks.parts, [&](int worker, int64_t task) {
         const int64_t index = task / tasks.parts, part = task % tasks.parts;
