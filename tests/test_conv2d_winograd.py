@@ -188,7 +188,7 @@ def test_last_tiles_of_few_outputs_take_few_products(direction):
         (reason,) = [text for algo, _, text in reasons if algo == "winograd"]
         return float(re.search(r"a factor of ([0-9.]+)", reason)[1])
 
-    # 13 outputs, in tiles of 4, 4, 4 and 1, take 6 + 6 + 6 + 3 products, where 16 take 24; 16 · 21² are 77 % of 13 · 24².
+    # 13 outputs, in tiles of 4, 4, 4 and 1, take 6 + 6 + 6 + 3 points, 16 take 24: (13/21)² is 86 % of (16/24)².
     whole, uneven = saving(16), saving(13)
     assert (13 / 16) ** 2 * whole < 0.8 * whole < uneven < whole
 
