@@ -130,8 +130,8 @@ bool winograd_wgrad(const Conv2dProblem& p, const Conv2dPlan& plan, const T* dy,
       });
       for_each_task(parallel, tasks.blocks() * tasks.parts, [&](int worker, int64_t task) {
         const int64_t index = task / tasks.parts, part = task % tasks.parts;
-        const int64_t k0 = index % tasks.k_blocks * plan.tile_m, k1 = min_of(k0 + plan.tile_m, kg);
-        const int64_t c0 = index / tasks.k_blocks * plan.tile_n, c1 = min_of(c0 + plan.tile_n, cg);
+        const int64_t k0 = index / tasks.c_blocks * plan.tile_m, k1 = min_of(k0 + plan.tile_m, kg);
+        const int64_t c0 = index % tasks.c_blocks * plan.tile_n, c1 = min_of(c0 + plan.tile_n, cg);
         E* const block = tasks.kept ? kept_sums + index * tasks.block : (E*)(scratch + worker * plan.scratch_bytes);
         for (int64_t k = k0; k < k1; k += width)
           for (int64_t c = c0; c < c1; c += width)
@@ -154,8 +154,8 @@ bool winograd_wgrad(const Conv2dProblem& p, const Conv2dPlan& plan, const T* dy,
     const int64_t pieces = ceil_div(plan.tile_m, rows);
     for_each_task(parallel, tasks.blocks() * pieces, [&](int, int64_t task) {
       const int64_t index = task / pieces;
-      write_rows(kept_sums + index * tasks.block, index % tasks.k_blocks * plan.tile_m,
-                 index / tasks.k_blocks * plan.tile_n, task % pieces * rows, rows);
+      write_rows(kept_sums + index * tasks.block, index / tasks.c_blocks * plan.tile_m,
+                 index % tasks.c_blocks * plan.tile_n, task % pieces * rows, rows);
     });
   };
   for (int64_t group = 0; group < p.groups; ++group) {
