@@ -1,5 +1,6 @@
 """Winograd's F(4×4, 3×3) and F(2×2, 5×5) on the CPU: matrices, error, what is not finite, and where it is taken."""
 
+import re
 from fractions import Fraction
 
 import pytest
@@ -54,14 +55,18 @@ def test_the_matrices_compute_the_sum_in_exact_fractions(outputs, taps):
                 assert coefficient == Fraction(int(i == p + q))
 
 
-@pytest.mark.parametrize("size", [3, 5])
-def test_each_value_of_a_tile_is_transformed_by_those_matrices(cpu, size):
+@pytest.mark.parametrize(
+    ("size", "height", "width"),
+    [(3, 6, 6), (3, 5, 6), (3, 6, 4), (3, 3, 6), (3, 4, 5), (3, 5, 3), (5, 6, 6), (5, 5, 6), (5, 5, 5)],
+)
+def test_each_value_of_a_tile_is_transformed_by_those_matrices(cpu, size, height, width):
     """One product at a time: x is zero but for one pixel, w but for one tap. That leaves one of y, the rest are zero up
-    to the rounding of the matrices. Any wrong number in a transform shows."""
-    x, w = torch.zeros(36, 1, 6, 6, dtype=torch.float64), torch.zeros(size**2, 1, size, size, dtype=torch.float64)
-    x.view(36, 36).fill_diagonal_(1)
+    to the rounding of the matrices. Any wrong number in a transform shows. Smaller tiles take fewer points."""
+    pixels = height * width
+    x, w = torch.zeros(pixels, 1, height, width).double(), torch.zeros(size**2, 1, size, size).double()
+    x.view(pixels, pixels).fill_diagonal_(1)
     w.view(size**2, size**2).fill_diagonal_(1)
-    dy = torch.zeros(36, size**2, 7 - size, 7 - size, dtype=torch.float64)
+    dy = torch.zeros(pixels, size**2, height - size + 1, width - size + 1).double()
     expected = conv2d_reference(x, w, None, dy, 1, 0, 1, 1)[0]
     y = fastconv.conv2d(x, w, algo="winograd")
     assert largest_error(y, expected.value) <= 2**-48
@@ -174,6 +179,18 @@ def test_it_is_taken_unasked_where_it_pays(direction, layout):
     assert algo((1, 64, 4, 4), (64, 64, 3, 3)) == "im2col"  # too little work
     large = algo((1, 1024, 56, 56), (1024, 1024, 3, 3))  # wgrad: sums of 144 MiB
     assert large == ("im2col" if direction == "wgrad" else "winograd")
+
+
+@pytest.mark.parametrize("direction", ["fprop", "dgrad", "wgrad"])
+def test_last_tiles_of_few_outputs_take_few_products(direction):
+    def saving(size):
+        reasons = plan((4, 256, size, size), (256, 256, 3, 3), direction=direction).reasons
+        (reason,) = [text for algo, _, text in reasons if algo == "winograd"]
+        return float(re.search(r"a factor of ([0-9.]+)", reason)[1])
+
+    # 13 outputs, in tiles of 4, 4, 4 and 1, take 6 + 6 + 6 + 3 points, 16 take 24: (13/21)² is 86 % of (16/24)².
+    whole, uneven = saving(16), saving(13)
+    assert (13 / 16) ** 2 * whole < 0.8 * whole < uneven < whole
 
 
 def test_the_plan_says_what_it_saves_and_takes():

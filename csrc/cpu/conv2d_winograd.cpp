@@ -3,7 +3,7 @@
 //
 // Tiles of x, 6×6 each, and the filters are transformed (conv2d_winograd_transforms.h); then each of the 36 elements is
 // a matrix product over the channels, and the inverse transform makes a tile of y. Vectors run along the channels in
-// both memory orders.
+// both memory orders. The tiles that an image ends in, where they have fewer outputs, take fewer products.
 //
 // The transforms multiply and add what a tile reads, so an infinity or NaN would reach all of the tile's outputs. Where
 // any result is not finite, the call is computed once more by im2col, whose results then are what torch's are.

@@ -18,9 +18,14 @@ static_assert(chain % max_panel_cols == 0);
 
 // The tiles of all images, in order. A box of them, rows of an image or a part of one, is staged and transformed at
 // once; a chunk of boxes is multiplied at once.
+//
+// A tile of y is step × step, but for an image's last row and column of tiles, which may be narrower: for `outputs` in
+// a direction so many of the six points are enough as outputs and taps are together, less one. It takes the first ones
+// and the last, ∞. So not all tiles take part in each of the 36 matrices; those that do follow each other there.
 struct Tiles {
-  int64_t step;        // a tile of y is step × step
-  int64_t rows, cols;  // of an image
+  int64_t step;
+  int64_t rows, cols;          // of an image
+  int64_t last_row, last_col;  // points that its last ones take
   int64_t box_rows, box_cols;
   int64_t boxes;  // of all images
   int64_t chunk_boxes;
@@ -34,7 +39,44 @@ struct Tiles {
     const int64_t n = box / (row_boxes() * col_boxes());
     return (n * rows + box / col_boxes() % row_boxes() * box_rows) * cols + box % col_boxes() * box_cols;
   }
+
+  int64_t row_points(int64_t i) const { return i + 1 < rows ? tile_in : last_row; }
+  int64_t col_points(int64_t j) const { return j + 1 < cols ? tile_in : last_col; }
+  // Whether the last row (2) and column (1) of tiles take part in matrix f: four kinds of matrices.
+  int kind(int64_t f) const { return 2 * takes(last_row, f / tile_in) + takes(last_col, f % tile_in); }
+  // Tiles before tile j of row i of image n that take part in a matrix of that kind.
+  int64_t before(int kind, int64_t n, int64_t i, int64_t j) const {
+    const int64_t r = rows - (kind / 2 ? 0 : 1), c = cols - (kind % 2 ? 0 : 1);
+    return i < r ? (n * r + i) * c + j : (n + 1) * r * c;
+  }
+  static bool takes(int64_t points, int64_t point) { return point < points - 1 || point == tile_in - 1; }
 };
+
+// Of each kind.
+struct TileCounts {
+  int64_t of[4];
+};
+inline TileCounts tiles_before(const Tiles& tiles, int64_t tile) {
+  const int64_t j = tile % tiles.cols, i = tile / tiles.cols % tiles.rows, n = tile / tiles.cols / tiles.rows;
+  return {tiles.before(0, n, i, j), tiles.before(1, n, i, j), tiles.before(2, n, i, j), tiles.before(3, n, i, j)};
+}
+inline TileCounts operator-(const TileCounts& a, const TileCounts& b) {
+  return {a.of[0] - b.of[0], a.of[1] - b.of[1], a.of[2] - b.of[2], a.of[3] - b.of[3]};
+}
+
+// Tile j of a row is at at[f] + j · pitch in matrix f.
+struct TileRow {
+  int64_t at[tile_products];
+};
+// Row i of image n; `first`: the tiles before those that the matrices hold.
+inline TileRow tile_row(const Tiles& tiles, int64_t n, int64_t i, const TileCounts& first, int64_t matrix,
+                        int64_t pitch) {
+  int64_t offset[4];
+  for (int kind = 0; kind < 4; ++kind) offset[kind] = (tiles.before(kind, n, i, 0) - first.of[kind]) * pitch;
+  TileRow row;
+  for (int64_t f = 0; f < tile_products; ++f) row.at[f] = f * matrix + offset[tiles.kind(f)];
+  return row;
+}
 
 // wgrad by F(5×5, 2×2) would lose too much. It computes 3×3 taps at a time, so a 5×5 filter in four pieces.
 inline int64_t wgrad_pieces(const Conv2dProblem& p) { return pieces_of(p.R, 3) * pieces_of(p.R, 3); }
@@ -43,7 +85,13 @@ inline int64_t wgrad_pieces(const Conv2dProblem& p) { return pieces_of(p.R, 3) *
 inline Tiles make_tiles(const Conv2dProblem& p, Direction direction, int64_t chunk) {
   const bool dgrad = direction == Direction::dgrad;
   const int64_t step = direction == Direction::wgrad ? 4 : tile_in + 1 - p.R;
-  Tiles t{step, pieces_of(dgrad ? p.H : p.P, step), pieces_of(dgrad ? p.W : p.Q, step), 0, 0, 0, 0};
+  const int64_t height = dgrad ? p.H : p.P, width = dgrad ? p.W : p.Q;
+  Tiles t{};
+  t.step = step;
+  t.rows = pieces_of(height, step);
+  t.cols = pieces_of(width, step);
+  t.last_row = tile_in - (t.rows * step - height);
+  t.last_col = tile_in - (t.cols * step - width);
   const PixelBlock box = pixel_block(1, t.rows, t.cols, 64 / step);  // 16 channels of it stay in L1
   t.box_rows = box.i < 1 ? 1 : box.i;
   t.box_cols = box.j < 1 ? 1 : box.j;

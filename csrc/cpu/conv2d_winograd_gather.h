@@ -81,23 +81,21 @@ void transform_all_filters(const WinogradGather<T>& g, int64_t group, acc_t<T>* 
   });
 }
 
-// Brings row `index` of a chain × chain block of filters into L2: the taps of filters that are neighbours in memory.
+// Asks for row `index` of a chain × chain block of filters: the taps of filters that are neighbours in memory.
 template <int R, typename T>
-void prefetch_filters(const Filters<T>& f, const T* block, int64_t index) {
+FASTCONV_INLINE void prefetch_filters(const Filters<T>& f, const T* block, int64_t index) {
   const T* from = block + index * max_of(f.m, f.channel);
-  const auto prefetch = [](const T* begin, int64_t count) {
-    for (const char *at = (const char*)begin, *end = (const char*)(begin + count); at < end; at += 64)
-      __builtin_prefetch(at, 0, 2);
-  };
-  if (f.s == 1) return prefetch(from, chain * R * R);
-  for (int64_t tap = 0; tap < R * R; ++tap) prefetch(from + tap / R * f.r + tap % R * f.s, chain);
+  if (f.s == 1) return prefetch_lines<false>(from, chain * R * R);
+  for (int64_t tap = 0; tap < R * R; ++tap) prefetch_lines<false>(from + tap / R * f.r + tap % R * f.s, chain);
 }
 
-// products[f][tile][m] of `count` tiles of X[chain][f][tile][chain] and of m_count produced channels from m0 on, whose
-// filters are transformed a chain of channels at a time. The next ones are on their way meanwhile.
+// products[f][tile][m] of `count` tiles of X[chain][f][tile][chain], after `skipped` ones, and of m_count produced
+// channels from m0 on, whose filters are transformed a chain of channels at a time. The next ones are on their way
+// meanwhile.
 template <int R, typename T>
-void multiply_passing(const WinogradGather<T>& g, int64_t group, int64_t m0, int64_t m_count, const acc_t<T>* x,
-                      int64_t x_matrix, int64_t count, const WinogradScratch& layout, acc_t<T>* own) {
+void multiply_passing(const WinogradGather<T>& g, int64_t group, int64_t m0, int64_t m_count, const Tiles& tiles,
+                      const acc_t<T>* x, int64_t x_matrix, const TileCounts& skipped, const TileCounts& count,
+                      const WinogradScratch& layout, acc_t<T>* own) {
   using E = acc_t<T>;
   constexpr int width = panel_cols<E>;
   E *const products = own + layout.products, *const filters = own + layout.filters;
@@ -112,8 +110,10 @@ void multiply_passing(const WinogradGather<T>& g, int64_t group, int64_t m0, int
     for (int64_t f = 0; f < tile_products; ++f) {
       if (whole && f < chain) prefetch_filters<R>(g.filters, next, f);
       for (int64_t m = 0; m < m_count; m += width)
-        multiply_chain<chain, 1>(count, depth, x + f * x_matrix, filters + f * layout.filters_matrix + m * depth,
-                                 products + f * layout.products_matrix + m, layout.products_row, ch > 0);
+        multiply_chain<chain, 1>(count.of[tiles.kind(f)], depth, x + f * x_matrix + skipped.of[tiles.kind(f)] * chain,
+                                 filters + f * layout.filters_matrix + m * depth,
+                                 products + f * layout.products_matrix + m, layout.products_row, ch > 0,
+                                 x + (f + 1) * x_matrix);
     }
   }
 }
@@ -134,6 +134,21 @@ void write_tiles(const WinogradGather<T>& g, const acc_t<T>* outputs, int64_t ti
   }
 }
 
+// Asks for the outputs of a tile.
+template <int Step, typename T>
+FASTCONV_INLINE void prefetch_tile(const WinogradGather<T>& g, const Tiles& tiles, int64_t tile, int64_t channel,
+                                   int64_t channels) {
+  constexpr int64_t apart = 64 / int64_t(Step * sizeof(T));  // tiles whose rows share cache lines in NCHW
+  const int64_t j = tile % tiles.cols, i = tile / tiles.cols % tiles.rows, n = tile / tiles.cols / tiles.rows;
+  if (g.out.col == 1 && j % apart != 0) return;
+  for (int64_t row = i * Step; row < min_of((i + 1) * Step, g.out_rows); ++row)
+    if (g.out.col == 1)
+      for (int64_t ch = 0; ch < channels; ++ch) prefetch_lines<true>(g.out.at(n, channel + ch, row, j * Step), 1);
+    else
+      for (int64_t col = j * Step; col < min_of((j + 1) * Step, g.out_cols); ++col)
+        prefetch_lines<true>(g.out.at(n, channel, row, col), channels);
+}
+
 // Whether all results are finite. An infinity or NaN spoils all of the tile that reads it, so then they are to be
 // computed in another way.
 template <int R, typename T>
@@ -147,6 +162,8 @@ bool winograd_gather(const Conv2dProblem& pr, const Conv2dPlan& plan, const Wino
   const WinogradScratch layout = winograd_scratch(pr, plan);
   E* const filters = (E*)workspace + memory.filters;
   const int64_t m_blocks = ceil_div(g.produced, plan.tile_n), panels = ceil_div(g.contracted, width);
+  const auto partial_in = partial_matrices<E, InputMatrix>(tiles.last_row, tiles.last_col);
+  const auto partial_out = partial_matrices<E, OutputMatrix<step>>(tiles.last_row, tiles.last_col);
   bool spoilt = false;
   for (int64_t group = 0; group < pr.groups; ++group) {
     if (form != GatherForm::passing) transform_all_filters<R>(g, group, filters, memory.filters_matrix, parallel);
@@ -154,10 +171,11 @@ bool winograd_gather(const Conv2dProblem& pr, const Conv2dPlan& plan, const Wino
       const int64_t boxes = min_of(tiles.chunk_boxes, tiles.boxes - box0);
       const int64_t chunk0 = tiles.first(box0), count = tiles.first(box0 + boxes) - chunk0;
       const int64_t matrix = tiles_matrix(count, chain);
+      const TileCounts before_chunk = tiles_before(tiles, chunk0);
       for_each_task(parallel, boxes * panels, [&](int worker, int64_t task) {
         const int64_t ch = task % panels * width, ch_count = min_of<int64_t>(width, g.contracted - ch);
-        transform_box<InputMatrix, step>(g.source, tiles, box0 + task / panels, chunk0, group * g.contracted + ch,
-                                         ch_count,
+        transform_box<InputMatrix, step>(g.source, tiles, partial_in, box0 + task / panels, before_chunk,
+                                         group * g.contracted + ch, ch_count,
                                          {x + ch / chain * tile_products * matrix + ch % chain, matrix, chain},
                                          (E*)nullptr, (E*)(scratch + worker * plan.scratch_bytes) + layout.stage);
       });
@@ -165,18 +183,25 @@ bool winograd_gather(const Conv2dProblem& pr, const Conv2dPlan& plan, const Wino
       for_each_task(parallel, tile_blocks * m_blocks, [&](int worker, int64_t task) {
         const int64_t t0 = task / m_blocks * count / tile_blocks, t1 = (task / m_blocks + 1) * count / tile_blocks;
         const int64_t m0 = task % m_blocks * plan.tile_n, m_count = min_of<int64_t>(plan.tile_n, g.produced - m0);
+        const TileCounts before = tiles_before(tiles, chunk0 + t0), skipped = before - before_chunk;
+        const TileCounts own_count = tiles_before(tiles, chunk0 + t1) - before;
         E* const own = (E*)(scratch + worker * plan.scratch_bytes);
         E *const products = own + layout.products, *const outputs = own + layout.outputs;
         if (form == GatherForm::passing) {
-          multiply_passing<R>(g, group, m0, m_count, x + t0 * chain, matrix, t1 - t0, layout, own);
+          multiply_passing<R>(g, group, m0, m_count, tiles, x, matrix, skipped, own_count, layout, own);
         } else {
-          for (int64_t f = 0; f < tile_products; ++f)
-            for (int64_t ch = 0; ch == 0 || ch < g.contracted; ch += chain)
+          for (int64_t f = 0; f < tile_products; ++f) {
+            for (int64_t t = t0 + f; t < t1; t += tile_products)
+              prefetch_tile<step>(g, tiles, chunk0 + t, group * g.produced + m0, m_count);
+            const int64_t panel = tile_products * matrix;  // of a chain of channels
+            const E* own_x = x + f * matrix + skipped.of[tiles.kind(f)] * chain;
+            for (int64_t ch = 0; ch == 0 || ch < g.contracted; ch += chain, own_x += panel)
               for (int64_t m = 0; m < m_count; m += width)
-                multiply_chain<chain, 1>(t1 - t0, min_of(chain, g.contracted - ch),
-                                         x + (ch / chain * tile_products + f) * matrix + t0 * chain,
+                multiply_chain<chain, 1>(own_count.of[tiles.kind(f)], min_of(chain, g.contracted - ch), own_x,
                                          filters + f * memory.filters_matrix + (m0 + m) * g.contracted + ch * width,
-                                         products + f * layout.products_matrix + m, layout.products_row, ch > 0);
+                                         products + f * layout.products_matrix + m, layout.products_row, ch > 0,
+                                         own_x + panel);
+          }
         }
         vec_t<E> zero{};  // NaN where a result was not finite
         for (int64_t m = 0; m < m_count; m += width) {
@@ -187,18 +212,30 @@ bool winograd_gather(const Conv2dProblem& pr, const Conv2dPlan& plan, const Wino
             const int64_t j = (chunk0 + t) % tiles.cols, i = (chunk0 + t) / tiles.cols % tiles.rows;
             const int64_t n = (chunk0 + t) / tiles.cols / tiles.rows;
             const int64_t run = min_of(run_tiles, min_of(t1 - t, tiles.cols - j)), pitch = run * step * width;
-            for (int64_t tile = 0; tile < run; ++tile)
+            const TileRow row = tile_row(tiles, n, i, before, layout.products_matrix, layout.products_row);
+            const int64_t row_points = tiles.row_points(i);
+            for (int64_t tile = 0; tile < run; ++tile) {
+              const int64_t col_points = tiles.col_points(j + tile);
               for (int half = 0; half < width; half += lanes<E>) {
-                const E* from = products + (t - t0 + tile) * layout.products_row + m + half;
+                const E* from = products + (j + tile) * layout.products_row + m + half;
                 E* to = outputs + tile * step * width + half;
                 const vec_t<E> added = load(bias + half);
-                transform<E, OutputMatrix<step>>(
-                    [&](int k, int l) { return load(from + (k * 6 + l) * layout.products_matrix); },
-                    [&](int k, int l, vec_t<E> v) {
-                      zero += v * E(0);
-                      store(to + k * pitch + l * width, pr.relu ? relu(v + added) : v + added);
-                    });
+                const auto put = [&](int k, int l, vec_t<E> v) {
+                  zero += v * E(0);
+                  store(to + k * pitch + l * width, pr.relu ? relu(v + added) : v + added);
+                };
+                if (row_points == tile_in && col_points == tile_in)
+                  transform<E, OutputMatrix<step>>([&](int k, int l) { return load(from + row.at[k * 6 + l]); }, put);
+                else
+                  transform_partial<E>(
+                      row_points < tile_in ? partial_out.row : partial_out.whole,
+                      col_points < tile_in ? partial_out.col : partial_out.whole,
+                      [&](int k, int l) {
+                        return load(from + row.at[point_number(k, row_points) * 6 + point_number(l, col_points)]);
+                      },
+                      put);
               }
+            }
             write_tiles<step>(g, outputs, run, n, channel, channels, i * step, j * step);
             t += run;
           }

@@ -9,6 +9,14 @@
 namespace fastconv::cpu {
 namespace {
 
+// Asks for the cache lines of `count` elements, into L1 or L2, to be read or written. Inlined by force, as are its
+// callers: GCC takes a function that only prefetches for one without effect and leaves out its calls.
+template <bool Write, int Level = 2, typename T>
+FASTCONV_INLINE void prefetch_lines(const T* from, int64_t count) {
+  for (const char *at = (const char*)from, *end = (const char*)(from + count); at < end; at += 64)
+    __builtin_prefetch(at, Write, 4 - Level);
+}
+
 // Planes of images that are read from (row, col) on for the first tile, and as zeros outside.
 template <typename T>
 struct TiledImages {
@@ -50,18 +58,22 @@ void stage_positions(const TiledImages<T>& source, int64_t n, int64_t channel, i
   }
 }
 
-// Where the transformed tiles go: value (i, j) of a tile is at data[(6·i + j)·matrix + tile·row].
+// Where transformed tiles go: 36 matrices of the tiles that take part, from the first of a chunk on, `pitch` apart.
 template <typename E>
 struct TileMatrices {
   E* data;
-  int64_t matrix, row;
+  int64_t matrix, pitch;
 };
 
-// Transforms one panel of channels of a box of tiles, which lie Step apart in the source. sums: Σ of what was staged,
-// or null.
+// The matrix that point i of so many takes part in, as a row and as a column.
+inline int point_number(int i, int64_t points) { return i < points - 1 ? i : int(tile_in) - 1; }
+
+// Transforms one panel of channels of a box of tiles, which lie Step apart in the source. `first`: the tiles before the
+// chunk. sums: Σ of what was staged, or null.
 template <typename Matrix, int Step, typename T>
-void transform_box(const TiledImages<T>& source, const Tiles& tiles, int64_t box, int64_t first_tile, int64_t channel,
-                   int64_t channels, const TileMatrices<acc_t<T>>& out, acc_t<T>* sums, acc_t<T>* stage) {
+void transform_box(const TiledImages<T>& source, const Tiles& tiles, const PartialMatrices<acc_t<T>>& partial,
+                   int64_t box, const TileCounts& first, int64_t channel, int64_t channels,
+                   const TileMatrices<acc_t<T>>& out, acc_t<T>* sums, acc_t<T>* stage) {
   using E = acc_t<T>;
   constexpr int width = panel_cols<E>;
   const int64_t n = box / (tiles.row_boxes() * tiles.col_boxes());
@@ -76,14 +88,25 @@ void transform_box(const TiledImages<T>& source, const Tiles& tiles, int64_t box
     for (int64_t at = 0; at < rows * cols; ++at) sum += load(stage + at * width + half);
     store(sums + half, sum);
   }
-  E* to = out.data + (tiles.first(box) - first_tile) * out.row;
-  for (int64_t i = 0; i < i_count; ++i)
-    for (int64_t j = 0; j < j_count; ++j, to += out.row)
+  for (int64_t i = 0; i < i_count; ++i) {
+    const TileRow row = tile_row(tiles, n, i0 + i, first, out.matrix, out.pitch);
+    const int64_t row_points = tiles.row_points(i0 + i);
+    for (int64_t j = 0; j < j_count; ++j) {
+      const int64_t col_points = tiles.col_points(j0 + j);
       for (int half = 0; half < width; half += lanes<E>) {
         const E* from = stage + (i * cols + j) * Step * width + half;
-        transform<E, Matrix>([&](int k, int l) { return load(from + (k * cols + l) * width); },
-                             [&](int k, int l, vec_t<E> v) { store(to + (k * 6 + l) * out.matrix + half, v); });
+        E* to = out.data + (j0 + j) * out.pitch + half;
+        const auto get = [&](int k, int l) { return load(from + (k * cols + l) * width); };
+        if (row_points == tile_in && col_points == tile_in)
+          transform<E, Matrix>(get, [&](int k, int l, vec_t<E> v) { store(to + row.at[k * 6 + l], v); });
+        else
+          transform_partial<E>(row_points < tile_in ? partial.row : partial.whole,
+                               col_points < tile_in ? partial.col : partial.whole, get, [&](int k, int l, vec_t<E> v) {
+                                 store(to + row.at[point_number(k, row_points) * 6 + point_number(l, col_points)], v);
+                               });
       }
+    }
+  }
 }
 
 }  // namespace

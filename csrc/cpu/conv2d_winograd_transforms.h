@@ -14,6 +14,9 @@
 // usual 0, ±1, ±2 lose two bits more. All of A and B is exact in binary.
 //
 // The gradient of the filters is F(3×3, 4×4), where dy takes the filters' part.
+//
+// A tile with fewer outputs takes the first of these points and ∞. Its filters are those of all points, whose 1/M' is
+// not its own: Bᵀ makes up for that, row by row, by the product of α − β over the points β that it leaves out.
 #pragma once
 
 #include "isa.h"
@@ -25,6 +28,14 @@ constexpr double a1 = 11 / 16., a2 = a1 * a1, a3 = a2 * a1;
 constexpr double b1 = 23 / 16., b2 = b1 * b1, b3 = b2 * b1;
 // M(z) = z (z² − a²) (z² − b²), and 1/M' at 0, ±a, ±b
 constexpr double at_0 = 1 / (a2 * b2), at_a = 1 / (2 * a2 * (a2 - b2)), at_b = 1 / (2 * b2 * (b2 - a2));
+
+// One of the matrices for a tile of fewer points: the rows are those of its points in B and G, of its outputs in A.
+template <typename E>
+struct PartialMatrix {
+  int in, out;
+  E at[6][6];
+};
+constexpr double point_values[] = {0, a1, -a1, b1, -b1}, point_scales[] = {at_0, at_a, at_a, at_b, at_b};
 
 // Bᵀ: 6 elements of x at the points 0, a, −a, b, −b, ∞
 struct InputMatrix {
@@ -39,6 +50,25 @@ struct InputMatrix {
     out[3] = even_b + E(b1) * odd_b;
     out[4] = even_b - E(b1) * odd_b;
     out[5] = E(a2 * b2) * d[1] + (d[5] - E(a2 + b2) * d[3]);
+  }
+
+  template <typename E>
+  static PartialMatrix<E> partial(int points) {
+    PartialMatrix<E> m{points, points, {}};
+    for (int i = 0; i < points; ++i) {
+      double row[6] = {1};  // coefficients, the lowest first
+      for (int j = 0; j < 5; ++j) {
+        const double z = point_values[j];
+        if (j >= points - 1) {
+          for (double& c : row) c *= i < points - 1 ? point_values[i] - z : 1;
+        } else if (j != i) {
+          for (int k = 5; k > 0; --k) row[k] = row[k - 1] - z * row[k];
+          row[0] *= -z;
+        }
+      }
+      for (int k = 0; k < points; ++k) m.at[i][k] = E(row[k]);
+    }
+    return m;
   }
 };
 
@@ -57,6 +87,17 @@ struct OutputMatrix {
       const V& of_b = i % 2 ? difference_b : sum_b;
       out[i] = i == Outputs - 1 ? m[5] + E(a[i]) * of_a + E(b[i]) * of_b : E(a[i]) * of_a + E(b[i]) * of_b;
     }
+  }
+
+  template <typename E>
+  static PartialMatrix<E> partial(int points) {
+    PartialMatrix<E> m{points, points - (6 - Outputs), {}};
+    for (int j = 0; j < points - 1; ++j) {
+      double power = 1;
+      for (int i = 0; i < m.out; ++i, power *= point_values[j]) m.at[i][j] = E(power);
+    }
+    m.at[m.out - 1][points - 1] = 1;
+    return m;
   }
 };
 
@@ -86,7 +127,29 @@ struct FilterMatrix {
     out[4] = even_b - odd_b;
     out[5] = g[Taps - 1];
   }
+
+  template <typename E>
+  static PartialMatrix<E> partial(int points) {
+    PartialMatrix<E> m{points - (6 - Taps), points, {}};
+    for (int i = 0; i < points - 1; ++i) {
+      double power = point_scales[i];
+      for (int k = 0; k < m.in; ++k, power *= point_values[i]) m.at[i][k] = E(power);
+    }
+    m.at[points - 1][m.in - 1] = 1;
+    return m;
+  }
 };
+
+// A matrix for all points, and for those of an image's last row and column of tiles.
+template <typename E>
+struct PartialMatrices {
+  PartialMatrix<E> whole, row, col;
+};
+template <typename E, typename Matrix>
+PartialMatrices<E> partial_matrices(int64_t row_points, int64_t col_points) {
+  return {Matrix::template partial<E>(6), Matrix::template partial<E>(int(row_points)),
+          Matrix::template partial<E>(int(col_points))};
+}
 
 // put(i, j, Σ M[i][k] · get(k, l) · M[j][l]), lane by lane
 template <typename E, typename Matrix, typename Get, typename Put>
@@ -108,6 +171,24 @@ FASTCONV_INLINE void transform(const Get& get, const Put& put) {
 #pragma GCC unroll 6
     for (int j = 0; j < Matrix::out; ++j) put(i, j, to[j]);
   }
+}
+
+// The same by two partial matrices: put(i, j, Σ rows[i][k] · get(k, l) · cols[j][l]).
+template <typename E, typename Get, typename Put>
+void transform_partial(const PartialMatrix<E>& rows, const PartialMatrix<E>& cols, const Get& get, const Put& put) {
+  vec_t<E> columns[6][6];
+  for (int l = 0; l < cols.in; ++l)
+    for (int i = 0; i < rows.out; ++i) {
+      vec_t<E> sum{};
+      for (int k = 0; k < rows.in; ++k) sum += rows.at[i][k] * get(k, l);
+      columns[i][l] = sum;
+    }
+  for (int i = 0; i < rows.out; ++i)
+    for (int j = 0; j < cols.out; ++j) {
+      vec_t<E> sum{};
+      for (int l = 0; l < cols.in; ++l) sum += cols.at[j][l] * columns[i][l];
+      put(i, j, sum);
+    }
 }
 
 }  // namespace

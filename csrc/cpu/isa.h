@@ -275,22 +275,44 @@ FASTCONV_INLINE vec_t<E> shuffle(vec_t<E> a, vec_t<E> b) {
 #endif
 }
 
-// Distributes tasks 0 … tasks−1 over the workers: task(worker, index). Which worker takes a task is left to chance, so
-// a task must write its own outputs only, and compute them in an order of its own: then the bits do not depend on it.
+template <typename T>
+FASTCONV_INLINE T min_of(T a, T b) {
+  return b < a ? b : a;
+}
+template <typename T>
+FASTCONV_INLINE T max_of(T a, T b) {
+  return a < b ? b : a;
+}
+
+// Distributes tasks 0 … tasks−1 over the workers: task(worker, index). Each begins with a run of tasks of its own, far
+// from the others', so that its caches keep what one call after the other works on and no other's take lines from them;
+// then it helps with what is left. Which worker takes a task is left to chance, so a task must write its own outputs
+// only, and compute them in an order of its own: then the bits do not depend on it.
 template <typename Task>
 void for_each_task(const Parallel& parallel, int64_t tasks, const Task& task) {
-  if (tasks == 0) return;
+  const int workers = int(tasks < parallel.workers ? tasks : parallel.workers);
+  if (workers <= 1) {
+    for (int64_t i = 0; i < tasks; ++i) task(0, i);
+    return;
+  }
+  struct Run {
+    alignas(64) int64_t next;
+    int64_t end;
+  };
   struct Context {
     const Task& task;
-    int64_t tasks;
-    int64_t next;
-  } context{task, tasks, 0};
+    int runs;
+    Run run[32];
+  };
+  Context context{task, min_of(workers, 32), {}};
+  for (int k = 0; k < context.runs; ++k) context.run[k] = {tasks * k / context.runs, tasks * (k + 1) / context.runs};
   const auto body = [](int worker, void* opaque) {
     Context& c = *static_cast<Context*>(opaque);
-    for (int64_t i; (i = __atomic_fetch_add(&c.next, 1, __ATOMIC_RELAXED)) < c.tasks;) c.task(worker, i);
+    for (int k = 0; k < c.runs; ++k) {
+      Run& run = c.run[(worker + k) % c.runs];
+      for (int64_t i; (i = __atomic_fetch_add(&run.next, 1, __ATOMIC_RELAXED)) < run.end;) c.task(worker, i);
+    }
   };
-  const int workers = int(tasks < parallel.workers ? tasks : parallel.workers);
-  if (workers <= 1) return body(0, &context);
   parallel.run(workers, body, &context);
 }
 
@@ -305,14 +327,6 @@ FASTCONV_INLINE void dispatch(DType dtype, F&& f) {
   }
 }
 
-template <typename T>
-FASTCONV_INLINE T min_of(T a, T b) {
-  return b < a ? b : a;
-}
-template <typename T>
-FASTCONV_INLINE T max_of(T a, T b) {
-  return a < b ? b : a;
-}
 FASTCONV_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace

@@ -67,11 +67,14 @@ double winograd_saving(const Conv2dProblem& p, Direction direction) {
   const int64_t pieces = wgrad ? wgrad_pieces(p) : 1;
   const int64_t produced = produced_channels(p, direction), contracted = pieces * contracted_channels(p, direction);
   const Tiles tiles = make_tiles(p, direction, 1);
-  const double count = double(p.N * p.groups) * double(tiles.rows * tiles.cols);
+  const auto points = [](int64_t count, int64_t last) {
+    return count < 1 ? 0.0 : double((count - 1) * tile_in + last);
+  };
+  const double count = double(p.N * p.groups) * points(tiles.rows, tiles.last_row) * points(tiles.cols, tiles.last_col);
   const double products = count * double(contracted) * double(pieces_of(produced, 16) * 16);
   const double values = count * double(contracted + produced);
-  const double filters = double(pieces) * double(p.w_elements() / (p.R * p.S));
-  const double cost = double(tile_products) * (products + value_cost * values + filter_cost * filters);
+  const double filters = double(tile_products * pieces) * double(p.w_elements() / (p.R * p.S));
+  const double cost = products + value_cost * values + filter_cost * filters;
   return cost > 0 ? double(p.multiply_adds()) / cost : 0;
 }
 
