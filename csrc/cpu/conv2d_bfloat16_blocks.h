@@ -14,7 +14,8 @@ namespace {
 constexpr int pair_rows = 12;          // of a tile of C
 constexpr int64_t pair_cols = 32;      // of a tile and of a panel: two registers of sums
 constexpr int64_t spill = 32;          // a whole register of bfloat16 may be written from any element on
-constexpr int64_t staged_pixels = 32;  // wgrad: pixels whose patches are made at a time
+constexpr int64_t staged_pixels = 32;  // NHWC, wgrad: pixels whose patches are made at a time
+constexpr int64_t staged_depth = 256;  // NCHW, dgrad: elements of the depth whose filters are packed at a time
 
 inline int64_t even(int64_t n) { return n + n % 2; }
 inline int64_t lines_of(int64_t bytes) { return pieces_of(bytes, 64) * 64 + 64; }
@@ -33,55 +34,51 @@ inline bool is_pointwise(const Axis& rows, const Axis& cols) {
   return rows.taps == 1 && cols.taps == 1 && rows.step == 1 && cols.step == 1 && rows.first == 0 && cols.first == 0 &&
          rows.outputs == rows.source && cols.outputs == cols.source;
 }
-inline bool is_pointwise(const Conv2dProblem& p, Direction direction) {
-  const Phases phases = phases_of(p, direction);
-  return phases.rows * phases.cols == 1 && is_pointwise(phases.largest_rows, phases.largest_cols);
-}
 
-// Offsets into the workspace. NCHW: copies in NHWC of the filters and of what patches are made of, but for patches that
-// are single pixels. `panels`: the packed filters of fprop and dgrad.
-struct Bfloat16Memory {
-  int64_t filters, source, panels, end;
-};
-inline Bfloat16Memory bfloat16_memory(const Conv2dProblem& p, const Conv2dPlan& plan) {
-  const bool wgrad = plan.direction == Direction::wgrad, nchw = p.layout == Layout::NCHW;
-  const int64_t source = plan.direction == Direction::dgrad ? p.y_elements() : p.x_elements();
-  Bfloat16Memory m{};
-  m.filters = wgrad && plan.split > 1 ? lines_of(plan.split * (p.w_elements() + p.K) * 4) : 0;  // behind the pieces
-  m.source = m.filters + (nchw && !wgrad && p.R * p.S > 1 ? lines_of(p.w_elements() * 2) : 0);
-  m.panels = m.source + (nchw && !is_pointwise(p, plan.direction) ? lines_of(source * 2) : 0);
-  // Every phase of dgrad with an odd depth takes a row more.
-  const int64_t depth = (contracted_channels(p, plan.direction) + 1) * p.R * p.S;
-  m.end = m.panels + (wgrad ? 0 : lines_of(p.groups * whole_panels(produced_channels(p, plan.direction)) * depth * 2));
-  return m;
+// fprop's and dgrad's packed filters, at the beginning of the workspace. Every phase of dgrad with an odd depth takes a
+// row more.
+inline int64_t filter_panel_bytes(const Conv2dProblem& p, Direction direction) {
+  const int64_t depth = (contracted_channels(p, direction) + 1) * p.R * p.S;
+  return lines_of(p.groups * whole_panels(produced_channels(p, direction)) * depth * 2);
 }
 
 // One thread's scratch.
 struct Bfloat16Scratch {
-  int64_t a_row, pairs, rows, columns, b, c, end;
+  int64_t a_row, pairs, rows, b, c, end;
 };
-// fprop and dgrad: rows of C are pixels, columns are channels.
+
+// fprop and dgrad
 inline int64_t block_pixels(const Conv2dProblem& p, const Conv2dPlan& plan) {
   return along_pixels(p, plan.direction) ? plan.tile_n : plan.tile_m;
 }
 inline int64_t block_channels(const Conv2dProblem& p, const Conv2dPlan& plan) {
   return along_pixels(p, plan.direction) ? plan.tile_m : plan.tile_n;
 }
+// NHWC: rows of C are pixels, columns are channels.
 inline Bfloat16Scratch bfloat16_gather_scratch(const Conv2dProblem& p, const Conv2dPlan& plan) {
   Bfloat16Scratch s{};
   const int64_t pixels = block_pixels(p, plan), channels = whole_panels(block_channels(p, plan));
   s.a_row = even(plan.tile_k) + spill;
-  s.rows = lines_of((pixels + 1) * s.a_row * 2);                 // A: patches
-  s.columns = s.rows + lines_of(pixels * channels * 2);          // rows: C in bfloat16
-  s.c = s.columns + lines_of(pair_cols * (pixels + spill) * 2);  // columns: some of them, for NCHW
+  s.rows = lines_of((pixels + 1) * s.a_row * 2);   // A: patches
+  s.c = s.rows + lines_of(pixels * channels * 2);  // rows: C in bfloat16
   s.end = s.c + lines_of(pixels * channels * 4);
   return s;
 }
+// NCHW: rows of C are channels, columns are pixels.
+inline Bfloat16Scratch bfloat16_pixels_scratch(const Conv2dProblem& p, const Conv2dPlan& plan) {
+  Bfloat16Scratch s{};
+  const int64_t pixels = whole_panels(block_pixels(p, plan)), channels = whole_panels(block_channels(p, plan));
+  s.rows = lines_of(pixels * even(plan.tile_k) * 2);  // panels of patches
+  s.c = s.rows + lines_of(channels * pixels * 2);     // rows: C in bfloat16
+  s.end = std::max(s.c + lines_of(channels * pixels * 4), lines_of(pair_cols * (staged_depth + spill) * 2));
+  return s;
+}
 
-// wgrad: rows of C are filters, columns are patch elements (r, s, c) of some channels, summed over tile_k pixels.
+// wgrad, summed over tile_k pixels
 inline int64_t block_filters(const Conv2dProblem& p, const Conv2dPlan& plan) {
   return along_pixels(p, plan.direction) ? plan.tile_n : plan.tile_m;
 }
+// NHWC: rows of C are filters, columns are patch elements (r, s, c) of some channels.
 // Channels that fill registers, or all of them and whole rows of the filter: then pieces of patches are long.
 inline DepthBlock block_patch(const Conv2dProblem& p, const Conv2dPlan& plan) {
   const int64_t target = along_pixels(p, plan.direction) ? plan.tile_m : plan.tile_n, taps = p.R * p.S;
@@ -98,13 +95,31 @@ inline Bfloat16Scratch bfloat16_wgrad_scratch(const Conv2dProblem& p, const Conv
   Bfloat16Scratch s{};
   const int64_t depth = whole_panels(block_patch(p, plan).depth()), filters = whole_panels(block_filters(p, plan));
   const int64_t pixels = even(plan.tile_k);
-  s.pairs = (pixels + pieces_of(pixels, std::max<int64_t>(p.P * p.Q, 1)) + 1) / 2;  // NCHW: no pair of two images
+  s.pairs = pixels / 2;
   s.a_row = depth + spill;
   s.rows = lines_of((filters + 1) * (2 * s.pairs + spill) * 2);  // A: dy
   s.b = s.rows + lines_of((staged_pixels + 1) * s.a_row * 2);    // rows: patches
   s.c = s.b + lines_of(depth * s.pairs * 4);
   s.end = s.c + lines_of(filters * (depth + 1) * 4);
   return s;
+}
+// NCHW: rows of C are patch elements (c, r, s) and one of ones, columns are filters. No pair is of two images.
+inline Bfloat16Scratch bfloat16_pixels_wgrad_scratch(const Conv2dProblem& p, const Conv2dPlan& plan) {
+  Bfloat16Scratch s{};
+  const int64_t depth = depth_block(p.channels_per_group(), p.R * p.S, plan.tile_m).depth();
+  const int64_t filters = whole_panels(block_filters(p, plan)), pixels = even(plan.tile_k);
+  s.pairs = (pixels + pieces_of(pixels, std::max<int64_t>(p.P * p.Q, 1)) + 1) / 2;
+  s.a_row = 2 * s.pairs + spill;
+  s.b = lines_of((depth + 1) * s.a_row * 2);    // A: patches
+  s.c = s.b + lines_of(filters * s.pairs * 4);  // B: dy
+  s.end = s.c + lines_of((depth + 1) * filters * 4);
+  return s;
+}
+inline int64_t bfloat16_scratch_bytes(const Conv2dProblem& p, const Conv2dPlan& plan) {
+  const bool wgrad = plan.direction == Direction::wgrad;
+  if (p.layout == Layout::NCHW)
+    return wgrad ? bfloat16_pixels_wgrad_scratch(p, plan).end : bfloat16_pixels_scratch(p, plan).end;
+  return wgrad ? bfloat16_wgrad_scratch(p, plan).end : bfloat16_gather_scratch(p, plan).end;
 }
 
 }  // namespace

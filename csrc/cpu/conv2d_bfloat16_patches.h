@@ -1,21 +1,10 @@
-// Patches of bfloat16 as rows of (r, s, c), copied from NHWC.
+// Patches of bfloat16 as rows of (r, s, c), NHWC.
 #pragma once
 
 #include "bfloat16.h"
 
 namespace fastconv::cpu {
 namespace {
-
-// out[n][pixel][channel] = in[n][channel][pixel]
-inline void to_nhwc(const bfloat16_t* in, int64_t images, int64_t channels, int64_t pixels, bfloat16_t* out,
-                    const Parallel& parallel) {
-  const int64_t step = 256, blocks = ceil_div(pixels, step), image = channels * pixels;
-  for_each_task(parallel, images * blocks, [&](int, int64_t task) {
-    const int64_t n = task / blocks, pixel = task % blocks * step;
-    transpose_bfloat16(in + n * image + pixel, pixels, channels, min_of(step, pixels - pixel),
-                       out + n * image + pixel * channels, channels);
-  });
-}
 
 // Some neighbouring channels of a source [n][row][col][pitch], from `first` on.
 struct Bfloat16Patches {

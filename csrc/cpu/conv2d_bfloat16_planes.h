@@ -1,0 +1,121 @@
+// Patches of bfloat16 read from planes, NCHW: row t = (channel, tap) of the matrix of patches holds what neighbouring
+// outputs read at that tap, a piece of a row of the plane.
+#pragma once
+
+#include "bfloat16.h"
+
+namespace fastconv::cpu {
+namespace {
+
+// Some neighbouring channels of a source [n][pitch][row][col].
+struct Bfloat16Planes {
+  Axis rows, cols;
+  int64_t pitch;
+  const bfloat16_t* source;  // the first channel of the first image
+
+  int64_t taps() const { return rows.taps * cols.taps; }
+  int64_t plane() const { return rows.source * cols.source; }
+};
+// Where every patch is a pixel, an image is one row.
+inline Bfloat16Planes planes_of(Axis rows, Axis cols, int64_t pitch, const bfloat16_t* source) {
+  if (is_pointwise(rows, cols)) {
+    cols.source = cols.outputs = rows.source * cols.source;
+    rows.source = rows.outputs = 1;
+  }
+  return {rows, cols, pitch, source};
+}
+
+// Outputs (i, j), (i, j + 1) … of image n, the first of which is number `at` of its block. What they read at a tap lies
+// in two registers.
+struct Segment {
+  int64_t n, i, j, at, length;
+};
+// cols: none crosses a multiple of so many outputs.
+template <typename Visit>
+FASTCONV_INLINE void for_segments(const Bfloat16Planes& p, int64_t pixel0, int64_t count, int64_t cols,
+                                  const Visit& visit) {
+  const int64_t outputs = p.cols.outputs, most = min_of<int64_t>(32, 63 / p.cols.step + 1);
+  for (int64_t at = 0, length; at < count; at += length) {
+    const int64_t pixel = pixel0 + at, j = pixel % outputs, row = pixel / outputs;
+    length = min_of(min_of(most, cols - at % cols), min_of(outputs - j, count - at));
+    visit(Segment{row / p.rows.outputs, row % p.rows.outputs, j, at, length});
+  }
+}
+
+// What a segment reads at a tap: lanes of the 64 elements from `offset` on of a plane, the others being zeros.
+struct TapRead {
+  int64_t offset;
+  __mmask32 lanes, low, high;
+};
+inline TapRead tap_read(const Bfloat16Planes& p, const Segment& s, int64_t tap) {
+  const Axis &rows = p.rows, &cols = p.cols;
+  const int64_t row = s.i * rows.step + rows.first + tap / cols.taps * rows.inc;
+  const int64_t col = s.j * cols.step + cols.first + tap % cols.taps * cols.inc;
+  const int64_t begin = col < 0 ? ceil_div(-col, cols.step) : 0;
+  const int64_t end = min_of(s.length, col < cols.source ? (cols.source - 1 - col) / cols.step + 1 : 0);
+  if (row < 0 || row >= rows.source || begin >= end) return {};
+  const int64_t from = begin * cols.step, to = (end - 1) * cols.step + 1;
+  return {row * cols.source + col, first_lanes(end) & ~first_lanes(begin), first_lanes(to) & ~first_lanes(from),
+          first_lanes(to - 32) & ~first_lanes(from - 32)};
+}
+
+FASTCONV_INLINE __m512i multiples_of(int64_t step) {
+  typedef uint16_t indices __attribute__((vector_size(64)));
+  indices index;
+  for (int i = 0; i < 32; ++i) index[i] = uint16_t(i * step);
+  return (__m512i)index;
+}
+// index: multiples of the step, where it is not 1.
+template <bool Strided>
+FASTCONV_INLINE __m512i load_tap(const bfloat16_t* plane, const TapRead& read, __m512i index) {
+  const __m512i low = load_pairs(plane + read.offset, read.low);
+  if (!Strided) return low;
+  return _mm512_maskz_permutex2var_epi16(read.lanes, low, index, load_pairs(plane + read.offset + 32, read.high));
+}
+
+// Pairs of rows, t = 2·pair and 2·pair + 1, in panels of pixels: out[panel][pair − pair0][pair_cols][2].
+// Pair u·taps + q has the same two taps for every u, of two in a row of the channels.
+template <bool Strided>
+void pack_pixel_panels(const Bfloat16Planes& p, int64_t channels, int64_t pixel0, int64_t count, int64_t pair0,
+                       int64_t pair1, bfloat16_t* out) {
+  const int64_t taps = p.taps(), plane = p.plane(), panel = (pair1 - pair0) * 2 * pair_cols;
+  const __m512i index = multiples_of(p.cols.step);
+  for_segments(p, pixel0, count, pair_cols, [&](const Segment& s) {
+    const bfloat16_t* image = p.source + s.n * p.pitch * plane;
+    bfloat16_t* to = out + s.at / pair_cols * panel + s.at % pair_cols * 2;
+    const __mmask16 left = __mmask16(first_lanes(s.length)), right = __mmask16(first_lanes(s.length - 16));
+    for (int64_t q = 0; q < min_of(taps, pair1); ++q) {
+      const TapRead even = tap_read(p, s, 2 * q % taps), odd = tap_read(p, s, (2 * q + 1) % taps);
+      const int64_t even_channel = 2 * q / taps, odd_channel = (2 * q + 1) / taps;
+      for (int64_t u = pair0 > q ? ceil_div(pair0 - q, taps) : 0; u * taps + q < pair1; ++u) {
+        const bfloat16_t* from = image + 2 * u * plane;
+        const __m512i a = load_tap<Strided>(from + even_channel * plane, even, index);
+        const __m512i b =
+            2 * u + odd_channel < channels ? load_tap<Strided>(from + odd_channel * plane, odd, index) : __m512i{};
+        bfloat16_t* pair = to + (u * taps + q - pair0) * 2 * pair_cols;
+        _mm512_mask_storeu_epi32(pair, left, interleave<0>(a, b));
+        if (right) _mm512_mask_storeu_epi32(pair + 32, right, interleave<1>(a, b));
+      }
+    }
+  });
+}
+
+// out[channel · taps + tap − tap0][pixel − pixel0], for taps from tap0 on. May write a register past each row.
+template <bool Strided>
+void pack_pixel_rows(const Bfloat16Planes& p, int64_t channels, int64_t tap0, int64_t taps, int64_t pixel0,
+                     int64_t count, bfloat16_t* out, int64_t out_row) {
+  const int64_t plane = p.plane();
+  const __m512i index = multiples_of(p.cols.step);
+  for_segments(p, pixel0, count, count, [&](const Segment& s) {
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      const TapRead read = tap_read(p, s, tap0 + tap);
+      const bfloat16_t* from = p.source + s.n * p.pitch * plane;
+      bfloat16_t* to = out + tap * out_row + s.at;
+      for (int64_t c = 0; c < channels; ++c, from += plane, to += taps * out_row)
+        store_pairs(to, load_tap<Strided>(from, read, index));
+    }
+  });
+}
+
+}  // namespace
+}  // namespace fastconv::cpu
