@@ -15,7 +15,6 @@ constexpr int pair_rows = 12;          // of a tile of C
 constexpr int64_t pair_cols = 32;      // of a tile and of a panel: two registers of sums
 constexpr int64_t spill = 32;          // a whole register of bfloat16 may be written from any element on
 constexpr int64_t staged_pixels = 32;  // NHWC, wgrad: pixels whose patches are made at a time
-constexpr int64_t staged_depth = 256;  // NCHW, dgrad: elements of the depth whose filters are packed at a time
 
 inline int64_t even(int64_t n) { return n + n % 2; }
 inline int64_t lines_of(int64_t bytes) { return pieces_of(bytes, 64) * 64 + 64; }
@@ -35,11 +34,18 @@ inline bool is_pointwise(const Axis& rows, const Axis& cols) {
          rows.outputs == rows.source && cols.outputs == cols.source;
 }
 
-// fprop's and dgrad's packed filters, at the beginning of the workspace. Every phase of dgrad with an odd depth takes a
-// row more.
-inline int64_t filter_panel_bytes(const Conv2dProblem& p, Direction direction) {
-  const int64_t depth = (contracted_channels(p, direction) + 1) * p.R * p.S;
-  return lines_of(p.groups * whole_panels(produced_channels(p, direction)) * depth * 2);
+// NCHW: a row of filters, whole pairs. Rows that are a multiple of 2 KiB apart would share their sets of the cache.
+inline int64_t filter_row(int64_t depth) { return even(depth) + (even(depth) % 1024 == 0 ? 32 : 0); }
+inline int64_t filter_row_limit(int64_t contracted) { return contracted + 33; }  // for each tap of it
+
+// fprop's and dgrad's copy of the filters, at the beginning of the workspace. Every phase of dgrad with an odd depth
+// takes an element more, in NHWC a row of a panel.
+inline int64_t filter_copy_bytes(const Conv2dProblem& p, Direction direction) {
+  const int64_t produced = produced_channels(p, direction), contracted = contracted_channels(p, direction);
+  const int64_t taps = p.R * p.S, depth = contracted * taps;
+  if (p.layout == Layout::NHWC) return lines_of(p.groups * whole_panels(produced) * (contracted + 1) * taps * 2);
+  if (direction == Direction::dgrad) return lines_of(p.groups * produced * filter_row_limit(contracted) * taps * 2);
+  return filter_row(depth) == depth ? 0 : lines_of(p.groups * produced * filter_row(depth) * 2);
 }
 
 // One thread's scratch.
@@ -70,7 +76,7 @@ inline Bfloat16Scratch bfloat16_pixels_scratch(const Conv2dProblem& p, const Con
   const int64_t pixels = whole_panels(block_pixels(p, plan)), channels = whole_panels(block_channels(p, plan));
   s.rows = lines_of(pixels * even(plan.tile_k) * 2);  // panels of patches
   s.c = s.rows + lines_of(channels * pixels * 2);     // rows: C in bfloat16
-  s.end = std::max(s.c + lines_of(channels * pixels * 4), lines_of(pair_cols * (staged_depth + spill) * 2));
+  s.end = s.c + lines_of(channels * pixels * 4);
   return s;
 }
 

@@ -1,9 +1,9 @@
 // fprop and dgrad of bfloat16 without conversion, NCHW:
 //
-//   C[channel][pixel] = Σ_t weights[t][channel] · patch[t][pixel]     t = (contracted channel, tap)
+//   C[channel][pixel] = Σ_t weights[channel][t] · patch[t][pixel]     t = (contracted channel, tap)
 //
-// Both operands are panels of pairs of t. Patches are packed from the planes, in each task those of its pixels; rows of
-// C are pieces of the planes of the result.
+// Each task packs the patches of its pixels from the planes. Filters are read where they lie, but for those that are
+// not rows of pairs. Rows of C are pieces of the planes of the result.
 #pragma once
 
 #include "conv2d_bfloat16_planes.h"
@@ -11,32 +11,12 @@
 namespace fastconv::cpu {
 namespace {
 
-// fprop, or one phase of dgrad. panels: of the filters, [group][panel][pair][pair_cols][2]
+// fprop, or one phase of dgrad. filters: [channel][filter_row], of all groups
 struct Bfloat16PixelGather {
   Axis rows, cols;
-  bfloat16_t* panels;
-  int64_t depth, group_panels;
-
-  int64_t panel_elements() const { return even(depth) * pair_cols; }
-  bfloat16_t* panel(int64_t group, int64_t index) const {
-    return panels + (group * group_panels + index) * panel_elements();
-  }
+  const bfloat16_t* filters;
+  int64_t filter_row, depth;
 };
-
-// C of `rows` channels, panels of which are a, and of `cols` pixels, panels of which are b.
-inline void multiply_panels(int64_t rows, int64_t cols, int64_t pairs, const bfloat16_t* a, int64_t a_panel,
-                            const bfloat16_t* b, float* c, int64_t c_row, bool first, const FinishedRows* out) {
-  for (int64_t row = 0; row < rows; row += pair_cols) {
-    const FinishedRows here = out ? out->from(row, 0) : FinishedRows{};
-    multiply_pairs(min_of(pair_cols, rows - row), cols, pairs, a + row / pair_cols * a_panel, 2, 2 * pair_cols, b,
-                   pairs * 2 * pair_cols, c + row * c_row, c_row, first, out ? &here : nullptr,
-                   [&](int64_t i, int64_t end) {  // lines are asked for while there are products to compute
-                     for (; out && i < end; ++i)
-                       for (int64_t col = 0; col < cols; col += 32)
-                         __builtin_prefetch(here.data + i * here.row + col, 1);
-                   });
-  }
-}
 
 template <typename GatherOf>
 void gather_pixels_bfloat16(const Conv2dProblem& pr, const Conv2dPlan& plan, const GatherOf& gather_of,
@@ -80,8 +60,13 @@ void gather_pixels_bfloat16(const Conv2dProblem& pr, const Conv2dPlan& plan, con
     do {
       const int64_t pair1 = min_of(pairs, pair0 + pair_step);
       pack(p, channels, pixel0, count, pair0, pair1, packed);
-      multiply_panels(m_count, count, pair1 - pair0, g.panel(group, m0 / pair_cols) + pair0 * 2 * pair_cols,
-                      g.panel_elements(), packed, c, c_row, pair0 == 0, pair1 == pairs ? &finished : nullptr);
+      const FinishedRows* last = pair1 == pairs ? &finished : nullptr;
+      const auto prefetch = [&](int64_t i, int64_t end) {  // while there are products to compute
+        for (; last && i < end; ++i)
+          for (int64_t col = 0; col < count; col += 32) __builtin_prefetch(finished.data + i * finished.row + col, 1);
+      };
+      multiply_pairs(m_count, count, pair1 - pair0, g.filters + channel * g.filter_row + 2 * pair0, g.filter_row, 2,
+                     packed, (pair1 - pair0) * 2 * pair_cols, c, c_row, pair0 == 0, last, prefetch);
       pair0 = pair1;
     } while (pair0 < pairs);
     const int64_t joined = dense ? image : w.outputs;  // neighbours, or `out_step` apart
@@ -98,70 +83,71 @@ void gather_pixels_bfloat16(const Conv2dProblem& pr, const Conv2dPlan& plan, con
   });
 }
 
+// in[0 … length), and a zero where that is odd
+inline void copy_filter(const bfloat16_t* in, int64_t length, bfloat16_t* out) {
+  memcpy(out, in, 2 * length);
+  if (length % 2) out[length] = {0};
+}
+
 inline void fprop_pixels_bfloat16(const Conv2dProblem& pr, const Conv2dPlan& plan, const bfloat16_t* x,
                                   const bfloat16_t* w, const bfloat16_t* bias, bfloat16_t* y, char* workspace,
                                   char* scratch, const Parallel& parallel) {
-  const int64_t kg = pr.filters_per_group(), depth = pr.channels_per_group() * pr.R * pr.S;
-  const Bfloat16PixelGather gather{fprop_rows(pr), fprop_cols(pr), reinterpret_cast<bfloat16_t*>(workspace), depth,
-                                   ceil_div(kg, pair_cols)};
-  for_each_task(parallel, pr.groups * gather.group_panels, [&](int, int64_t task) {
-    const int64_t group = task / gather.group_panels, panel = task % gather.group_panels, k0 = panel * pair_cols;
-    pack_transposed_panel(w + (group * kg + k0) * depth, depth, min_of(pair_cols, kg - k0), depth,
-                          gather.panel(group, panel));
-  });
+  const int64_t depth = pr.channels_per_group() * pr.R * pr.S, row = filter_row(depth);
+  Bfloat16PixelGather gather{fprop_rows(pr), fprop_cols(pr), w, row, depth};
+  if (row != depth) {
+    auto* copy = reinterpret_cast<bfloat16_t*>(workspace);
+    for_each_task(parallel, pr.K, [&](int, int64_t k) { copy_filter(w + k * depth, depth, copy + k * row); });
+    gather.filters = copy;
+  }
   gather_pixels_bfloat16(pr, plan, [&](int64_t, int64_t) { return gather; }, x, pr.P, pr.Q, bias, y, scratch, parallel);
 }
 
-// out[channel][t − t0] = the weight of t = (filter, tap) of one phase, for some channels of the filters w.
-inline void stage_filters(const Conv2dProblem& pr, const Axis& rows, const Axis& cols, const bfloat16_t* w,
-                          int64_t channels, int64_t t0, int64_t t1, bfloat16_t* out) {
-  const int64_t filter_taps = pr.R * pr.S, taps = rows.taps * cols.taps, filter = pr.channels_per_group() * filter_taps;
-  for (int64_t t = t0, length; t < t1; t += length, out += length) {
-    const int64_t tap = t % taps;
-    length = min_of(taps - tap, t1 - t);
-    for (int64_t c = 0; c < channels; ++c) {
-      const bfloat16_t* from = w + t / taps * filter + c * filter_taps;
-      bfloat16_t* to = out + c * (staged_depth + spill);
-      if (taps == filter_taps)  // neighbours
-        for (int64_t i = 0; i < length; i += 32)
-          store_pairs(to + i, load_pairs(from + tap + i, first_lanes(length - i)));
-      else
-        for (int64_t i = 0; i < length; ++i)
-          to[i] = from[(rows.filter_first + (tap + i) / cols.taps * rows.filter_step) * pr.S + cols.filter_first +
-                       (tap + i) % cols.taps * cols.filter_step];
-    }
+// out[channel][t] = the weight of t = (filter, tap) of one phase of dgrad, for `channels` of the filters w.
+inline void pack_filters(const Conv2dProblem& pr, const Axis& rows, const Axis& cols, const bfloat16_t* w,
+                         int64_t channels, bfloat16_t* out, int64_t out_row) {
+  const int64_t filter_taps = pr.R * pr.S, taps = rows.taps * cols.taps, filters = pr.filters_per_group();
+  const int64_t filter = pr.channels_per_group() * filter_taps;
+  if (filter_taps == 1) {
+    transpose_bfloat16(w, filter, filters * taps, channels, out, out_row);
+  } else {
+    for (int64_t k = 0; k < filters; ++k)
+      for (int64_t c = 0; c < channels; ++c) {
+        const bfloat16_t* from = w + k * filter + c * filter_taps;
+        bfloat16_t* to = out + c * out_row + k * taps;
+        if (taps == filter_taps)  // neighbours
+          for (int64_t i = 0; i < taps; i += 32) {
+            const __mmask32 mask = first_lanes(taps - i);
+            _mm512_mask_storeu_epi16(to + i, mask, load_pairs(from + i, mask));
+          }
+        else
+          for (int64_t r = 0; r < rows.taps; ++r)
+            for (int64_t col = 0; col < cols.taps; ++col)
+              *to++ =
+                  from[(rows.filter_first + r * rows.filter_step) * pr.S + cols.filter_first + col * cols.filter_step];
+      }
   }
+  if (filters * taps % 2)
+    for (int64_t c = 0; c < channels; ++c) out[c * out_row + filters * taps] = {0};
 }
 
 inline void dgrad_pixels_bfloat16(const Conv2dProblem& pr, const Conv2dPlan& plan, const bfloat16_t* dy,
                                   const bfloat16_t* w, bfloat16_t* dx, char* workspace, char* scratch,
                                   const Parallel& parallel) {
-  const int64_t cg = pr.channels_per_group(), kg = pr.filters_per_group(), panels = ceil_div(cg, pair_cols);
+  const int64_t cg = pr.channels_per_group(), kg = pr.filters_per_group(), blocks = ceil_div(cg, 32);
   const Phases phases = phases_of(pr, Direction::dgrad);
+  auto* filters = reinterpret_cast<bfloat16_t*>(workspace);
+  // Each phase has its filters behind those of the phases before it, whose taps are those of the filter in turn.
   const auto gather_of = [&](int64_t a, int64_t b) {
     const Axis rows = dgrad_rows(pr, a), cols = dgrad_cols(pr, b);
-    const int64_t before = taps_before(pr, a, b) * pr.groups * panels * (kg + 1) * pair_cols;
-    return Bfloat16PixelGather{rows, cols, reinterpret_cast<bfloat16_t*>(workspace) + before,
-                               rows.taps * cols.taps * kg, panels};
+    const int64_t depth = rows.taps * cols.taps * kg;
+    return Bfloat16PixelGather{rows, cols, filters + taps_before(pr, a, b) * pr.C * filter_row_limit(kg),
+                               filter_row(depth), depth};
   };
-  for_each_task(parallel, phases.rows * phases.cols * pr.groups * panels, [&](int worker, int64_t task) {
-    const int64_t phase = task / panels / pr.groups, group = task / panels % pr.groups, panel = task % panels;
+  for_each_task(parallel, phases.rows * phases.cols * pr.groups * blocks, [&](int, int64_t task) {
+    const int64_t phase = task / blocks / pr.groups, group = task / blocks % pr.groups, c0 = task % blocks * 32;
     const Bfloat16PixelGather g = gather_of(phase / phases.cols, phase % phases.cols);
-    const int64_t c0 = panel * pair_cols, c_count = min_of(pair_cols, cg - c0);
-    if (pr.R * pr.S == 1) {  // rows of w
-      const bfloat16_t* row = w + group * kg * cg + c0;
-      const __mmask32 mask = first_lanes(c_count);
-      for (int64_t k = 0; k < g.depth; k += 2, row += 2 * cg)
-        pack_row_pair(load_pairs(row, mask), k + 1 < kg ? load_pairs(row + cg, mask) : __m512i{},
-                      g.panel(group, panel) + k * pair_cols);
-      return;
-    }
-    auto* stage = reinterpret_cast<bfloat16_t*>(scratch + worker * plan.scratch_bytes);
-    for (int64_t t = 0; t < g.depth; t += staged_depth) {
-      const int64_t end = min_of(g.depth, t + staged_depth);
-      stage_filters(pr, g.rows, g.cols, w + (group * kg * cg + c0) * pr.R * pr.S, c_count, t, end, stage);
-      pack_transposed_panel(stage, staged_depth + spill, c_count, end - t, g.panel(group, panel) + t * pair_cols);
-    }
+    pack_filters(pr, g.rows, g.cols, w + (group * kg * cg + c0) * pr.R * pr.S, min_of<int64_t>(32, cg - c0),
+                 filters + (g.filters - filters) + (group * cg + c0) * g.filter_row, g.filter_row);
   });
   gather_pixels_bfloat16(pr, plan, gather_of, dy, pr.H, pr.W, nullptr, dx, scratch, parallel);
 }

@@ -126,7 +126,7 @@ void plan_im2col(const Conv2dProblem& p, Conv2dPlan& plan) {
   if (!multiplies_bfloat16(p, plan.direction)) return;
   plan.scratch_bytes = std::max(plan.scratch_bytes, aligned(bfloat16_scratch_bytes(p, plan)));
   if (plan.direction != Direction::wgrad)
-    plan.workspace_bytes = std::max(plan.workspace_bytes, filter_panel_bytes(p, plan.direction));
+    plan.workspace_bytes = std::max(plan.workspace_bytes, filter_copy_bytes(p, plan.direction));
 }
 
 }  // namespace fastconv::cpu
