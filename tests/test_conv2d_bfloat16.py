@@ -27,6 +27,7 @@ CASES = [
     Case("phases", (1, 34, 15, 14), (66, 34, 3, 3), (3, 3), (1, 1)),
     Case("phases without taps", (1, 18, 9, 10), (18, 18, 2, 1), (3, 4)),
     Case("window larger than the image", (2, 17, 3, 2), (18, 17, 5, 6), padding=(2, 3)),
+    Case("whole registers of channels", (1, 64, 9, 9), (33, 64, 3, 3), (2, 1), (1, 2), (1, 2)),
     Case("more taps than a block", (1, 17, 18, 19), (16, 17, 17, 17), padding=(1, 0)),
     Case("rows of two registers", (1, 18, 5, 150), (17, 18, 2, 3), (2, 3), (1, 2)),
     Case("one output a register", (1, 17, 3, 300), (18, 17, 1, 2), (1, 70), (0, 69)),

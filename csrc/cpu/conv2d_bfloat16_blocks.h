@@ -50,7 +50,7 @@ inline int64_t filter_copy_bytes(const Conv2dProblem& p, Direction direction) {
 
 // One thread's scratch.
 struct Bfloat16Scratch {
-  int64_t a_row, pairs, rows, b, c, end;
+  int64_t a_row, a_pair, pairs, sources, rows, b, c, end;
 };
 
 // fprop and dgrad
@@ -102,9 +102,11 @@ inline Bfloat16Scratch bfloat16_wgrad_scratch(const Conv2dProblem& p, const Conv
   const int64_t depth = whole_panels(block_patch(p, plan).depth()), filters = whole_panels(block_filters(p, plan));
   const int64_t pixels = even(plan.tile_k);
   s.pairs = pixels / 2;
+  s.a_pair = 2 * filters + spill;  // not a power of two
   s.a_row = depth + spill;
-  s.rows = lines_of((filters + 1) * (2 * s.pairs + spill) * 2);  // A: dy
-  s.b = s.rows + lines_of((staged_pixels + 1) * s.a_row * 2);    // rows: patches
+  s.sources = lines_of(s.pairs * s.a_pair * 2);                // A: dy
+  s.rows = s.sources + lines_of(2 * s.pairs * 8);              // sources: pixels' places, of 64 bits each
+  s.b = s.rows + lines_of((staged_pixels + 1) * s.a_row * 2);  // rows: patches
   s.c = s.b + lines_of(depth * s.pairs * 4);
   s.end = s.c + lines_of(filters * (depth + 1) * 4);
   return s;

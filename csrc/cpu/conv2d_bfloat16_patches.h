@@ -62,6 +62,27 @@ inline void pack_tap(const Bfloat16Patches& p, int64_t first, int64_t channels, 
   }
 }
 
+// sources[pixel − pixel0] = what the output reads at a tap, from channel `first` on, or null outside of the source.
+inline void tap_sources(const Bfloat16Patches& p, int64_t first, int64_t tap, int64_t pixel0, int64_t count,
+                        const bfloat16_t** sources) {
+  const Axis &rows = p.rows, &cols = p.cols;
+  const int64_t col0 = cols.first + tap % cols.taps * cols.inc, step = cols.step * p.pitch;
+  const int64_t inside0 = col0 >= 0 ? 0 : ceil_div(-col0, cols.step);
+  const int64_t inside1 = cols.source <= col0 ? 0 : (cols.source - 1 - col0) / cols.step + 1;
+  for (int64_t pixel = pixel0; pixel < pixel0 + count;) {
+    const int64_t j0 = pixel % cols.outputs, i = pixel / cols.outputs % rows.outputs;
+    const int64_t n = pixel / cols.outputs / rows.outputs, j1 = min_of(cols.outputs, j0 + pixel0 + count - pixel);
+    const int64_t row = i * rows.step + rows.first + tap / cols.taps * rows.inc;
+    const int64_t lo = row < 0 || row >= rows.source ? j1 : min_of(j1, max_of(j0, inside0));
+    const int64_t hi = min_of(j1, max_of(lo, inside1));
+    const bfloat16_t* from = p.source + ((n * rows.source + row) * cols.source + col0) * p.pitch + first;
+    for (int64_t j = j0; j < lo; ++j) *sources++ = nullptr;
+    for (int64_t j = lo; j < hi; ++j) *sources++ = from + j * step;
+    for (int64_t j = hi; j < j1; ++j) *sources++ = nullptr;
+    pixel += j1 - j0;
+  }
+}
+
 // out[pixel − pixel0][t − t0] = element t = (tap, channel) of the pixel's patch, and a zero where t1 − t0 is odd.
 // taps × channels are those of `channels` from `first` on, and of filter taps from tap0 on.
 inline void pack_patch_rows(const Bfloat16Patches& p, int64_t first, int64_t channels, int64_t tap0, int64_t pixel0,

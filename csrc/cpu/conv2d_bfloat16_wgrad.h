@@ -9,20 +9,40 @@
 namespace fastconv::cpu {
 namespace {
 
-// out[filter][pixel] = dy[pixel][filter]; a zero completes the last pair. sums[filter] += Σ_pixel dy, if there are
-// sums.
+// out[pair][filter][2] = dy[pixel][filter] of two neighbours; a zero completes the last pair.
+// sums[filter] += Σ_pixel dy, if there are sums.
 inline void pack_gradient(const bfloat16_t* dy, int64_t pitch, int64_t filters, int64_t pixels, bfloat16_t* out,
-                          int64_t out_row, float* sums) {
+                          int64_t out_pair, float* sums) {
   const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
-  transpose_bfloat16(dy, pitch, pixels, filters, out, out_row);
-  for (int64_t k = 0; k < filters; ++k, out += out_row) {
-    __m512 sum{};
-    if (pixels % 2) out[pixels] = {0};
+  for (int64_t k = 0; k < filters; k += 32) {
+    const __mmask32 mask = first_lanes(filters - k);
+    __m512 left{}, right{};
+    for (int64_t i = 0; i < pixels; i += 2) {
+      const bfloat16_t* from = dy + i * pitch + k;
+      bfloat16_t* to = out + i / 2 * out_pair + 2 * k;
+      pack_row_pair(load_pairs(from, mask), i + 1 < pixels ? load_pairs(from + pitch, mask) : __m512i{}, to);
+      if (!sums) continue;
+      left = _mm512_dpbf16_ps(left, (__m512bh)_mm512_loadu_si512(to), ones);
+      right = _mm512_dpbf16_ps(right, (__m512bh)_mm512_loadu_si512(to + 32), ones);
+    }
     if (!sums) continue;
-    for (int64_t i = 0; i < pixels; i += 32)
-      sum = _mm512_dpbf16_ps(sum, (__m512bh)load_pairs(out + i, first_lanes(pixels - i)), ones);
-    sums[k] += _mm512_reduce_add_ps(sum);
+    _mm512_storeu_ps(sums + k, _mm512_loadu_ps(sums + k) + left);
+    _mm512_storeu_ps(sums + k + 16, _mm512_loadu_ps(sums + k + 16) + right);
   }
+}
+
+// Panels of what pairs of neighbouring pixels read at a tap, of whole panels of channels:
+// out[panel][pair][pair_cols][2].
+inline void pack_tap_panels(const Bfloat16Patches& p, int64_t first, int64_t channels, int64_t tap, int64_t pixel0,
+                            int64_t count, const bfloat16_t** sources, bfloat16_t* out, int64_t out_panel) {
+  tap_sources(p, first, tap, pixel0, count, sources);
+  if (count % 2) sources[count] = nullptr;
+  for (int64_t c = 0; c < channels; c += pair_cols, out += out_panel)
+    for (int64_t i = 0; i < count; i += 2) {
+      const bfloat16_t *even_pixel = sources[i], *odd_pixel = sources[i + 1];
+      pack_row_pair(even_pixel ? _mm512_loadu_si512(even_pixel + c) : __m512i{},
+                    odd_pixel ? _mm512_loadu_si512(odd_pixel + c) : __m512i{}, out + i * pair_cols);
+    }
 }
 
 inline void wgrad_bfloat16(const Conv2dProblem& pr, const Conv2dPlan& plan, const bfloat16_t* dy, const bfloat16_t* x,
@@ -43,18 +63,23 @@ inline void wgrad_bfloat16(const Conv2dProblem& pr, const Conv2dPlan& plan, cons
     const int64_t k_count = min_of(tile_filters, kg - k0), c_count = min_of(block.channels, cg - c0);
     const int64_t tap_count = min_of(block.taps, taps - tap0), depth = c_count * tap_count;
     const int64_t panels = ceil_div(depth, pair_cols), c_row = panels * pair_cols;
-    const int64_t a_row = layout.pairs * 2 + spill;
-    const int64_t b_panel = layout.pairs * 2 * pair_cols;
+    const int64_t a_pair = layout.a_pair, b_panel = layout.pairs * 2 * pair_cols;
     char* memory = scratch + worker * plan.scratch_bytes;
-    auto *a = reinterpret_cast<bfloat16_t*>(memory), *rows = reinterpret_cast<bfloat16_t*>(memory + layout.rows);
+    auto* a = reinterpret_cast<bfloat16_t*>(memory);
+    auto* sources = reinterpret_cast<const bfloat16_t**>(memory + layout.sources);
+    auto* rows = reinterpret_cast<bfloat16_t*>(memory + layout.rows);
     auto* b = reinterpret_cast<bfloat16_t*>(memory + layout.b);
     auto *c = reinterpret_cast<float*>(memory + layout.c), *bias_sums = c + k_count * c_row;
     float* sums = c0 == 0 && tap0 == 0 ? bias_sums : nullptr;
     memset(c, 0, sizeof(float) * (k_count * c_row + whole_panels(k_count)));
     for (int64_t index = piece * pixel_blocks / plan.split; index < (piece + 1) * pixel_blocks / plan.split; ++index) {
       const int64_t pixel0 = index * tile_pixels, count = min_of(tile_pixels, pixels - pixel0);
-      pack_gradient(dy + pixel0 * pr.K + group * kg + k0, pr.K, k_count, count, a, a_row, sums);
-      for (int64_t at = 0; at < count; at += staged_pixels) {
+      pack_gradient(dy + pixel0 * pr.K + group * kg + k0, pr.K, k_count, count, a, a_pair, sums);
+      const bool whole = c_count % pair_cols == 0;
+      for (int64_t tap = 0; whole && tap < tap_count; ++tap)
+        pack_tap_panels(p, group * cg + c0, c_count, tap0 + tap, pixel0, count, sources,
+                        b + tap * c_count / pair_cols * b_panel, b_panel);
+      for (int64_t at = 0; !whole && at < count; at += staged_pixels) {
         const int64_t staged = min_of(staged_pixels, count - at);
         pack_patch_rows(p, group * cg + c0, c_count, tap0, pixel0 + at, staged, 0, depth, rows, layout.a_row);
         for (int64_t i = 0; i < staged; i += 2)
@@ -64,7 +89,7 @@ inline void wgrad_bfloat16(const Conv2dProblem& pr, const Conv2dPlan& plan, cons
                           b + panel * b_panel + (at + i) * pair_cols);
           }
       }
-      multiply_pairs(k_count, depth, even(count) / 2, a, a_row, 2, b, b_panel, c, c_row, false, nullptr,
+      multiply_pairs(k_count, depth, even(count) / 2, a, 2, a_pair, b, b_panel, c, c_row, false, nullptr,
                      [](int64_t, int64_t) {});
     }
     const int64_t filter = group * kg + k0;
