@@ -90,6 +90,13 @@ def test_subnormal_numbers_are_taken_for_zero(isa, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_stems_multiply_pairs_forward(isa, layout):
+    x, w, _, _ = inputs_of(CASES[7], torch.bfloat16, layout, bias=False)
+    y = fastconv.conv2d(x * 2.0**-130, w, None, *CASES[7].config)
+    assert bool(y.any()) == (isa == "avx512")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", [CASES[0], CASES[7], CASES[14]], ids=str)
 def test_bits_do_not_depend_on_threads(isa, case, layout, threads):
     tensors, results = inputs_of(case, torch.bfloat16, layout), []

@@ -16,13 +16,20 @@ constexpr int64_t pair_cols = 32;      // of a tile and of a panel: two register
 constexpr int64_t spill = 32;          // a whole register of bfloat16 may be written from any element on
 constexpr int64_t staged_pixels = 32;  // NHWC, wgrad: pixels whose patches are made at a time
 
+// What a register of outputs reads at a tap: where in a plane, and which lanes of the result and of two registers
+// there.
+struct TapRead {
+  int64_t offset;
+  uint32_t lanes, low, high;
+};
+
 inline int64_t even(int64_t n) { return n + n % 2; }
 inline int64_t lines_of(int64_t bytes) { return pieces_of(bytes, 64) * 64 + 64; }
 
-// Depth and channels have to fill registers; of a few products each, conversion is a small part. Stems have kernels of
-// their own.
+// Depth and channels have to fill registers; of a few products each, conversion is a small part. The gradients of stems
+// have kernels of their own.
 inline bool multiplies_bfloat16(const Conv2dProblem& p, Direction direction) {
-  if (is_stem(p, direction)) return false;
+  if (is_stem(p, direction) && direction != Direction::fprop) return false;
   const int64_t produced = direction == Direction::wgrad ? p.filters_per_group() : produced_channels(p, direction);
   const int64_t contracted = direction == Direction::wgrad ? p.channels_per_group() : contracted_channels(p, direction);
   return p.dtype == DType::bfloat16 && produced >= 16 && contracted * p.R * p.S >= 16;
@@ -50,33 +57,44 @@ inline int64_t filter_copy_bytes(const Conv2dProblem& p, Direction direction) {
 
 // One thread's scratch.
 struct Bfloat16Scratch {
-  int64_t a_row, a_pair, pairs, sources, rows, b, c, end;
+  int64_t a_row, a_pair, pairs, sources, reads, rows, b, c, end;
 };
 
-// fprop and dgrad
+// fprop and dgrad. The plan of a stem is that of its kernels in float, which take less memory.
 inline int64_t block_pixels(const Conv2dProblem& p, const Conv2dPlan& plan) {
+  if (is_stem(p, plan.direction)) return std::clamp<int64_t>((1 << 14) / stem_depth(p) / 32, 1, 3) * 32;
   return along_pixels(p, plan.direction) ? plan.tile_n : plan.tile_m;
 }
 inline int64_t block_channels(const Conv2dProblem& p, const Conv2dPlan& plan) {
+  if (is_stem(p, plan.direction)) return std::min<int64_t>(p.K, 96);
   return along_pixels(p, plan.direction) ? plan.tile_m : plan.tile_n;
+}
+inline int64_t block_depth(const Conv2dProblem& p, const Conv2dPlan& plan) {
+  return even(is_stem(p, plan.direction) ? std::min<int64_t>(stem_depth(p), 384) : plan.tile_k);
+}
+// Where the depth is more than one block, sums are kept in between.
+inline int64_t block_sum_bytes(const Conv2dProblem& p, const Conv2dPlan& plan, int64_t pixels, int64_t channels) {
+  const bool one = contracted_channels(p, plan.direction) * p.R * p.S <= block_depth(p, plan);
+  return one ? 0 : lines_of(pixels * channels * 4);
 }
 // NHWC: rows of C are pixels, columns are channels.
 inline Bfloat16Scratch bfloat16_gather_scratch(const Conv2dProblem& p, const Conv2dPlan& plan) {
   Bfloat16Scratch s{};
   const int64_t pixels = block_pixels(p, plan), channels = whole_panels(block_channels(p, plan));
-  s.a_row = even(plan.tile_k) + spill;
+  s.a_row = block_depth(p, plan) + spill;
   s.rows = lines_of((pixels + 1) * s.a_row * 2);   // A: patches
   s.c = s.rows + lines_of(pixels * channels * 2);  // rows: C in bfloat16
-  s.end = s.c + lines_of(pixels * channels * 4);
+  s.end = s.c + block_sum_bytes(p, plan, pixels, channels);
   return s;
 }
 // NCHW: rows of C are channels, columns are pixels.
 inline Bfloat16Scratch bfloat16_pixels_scratch(const Conv2dProblem& p, const Conv2dPlan& plan) {
   Bfloat16Scratch s{};
   const int64_t pixels = whole_panels(block_pixels(p, plan)), channels = whole_panels(block_channels(p, plan));
-  s.rows = lines_of(pixels * even(plan.tile_k) * 2);  // panels of patches
-  s.c = s.rows + lines_of(channels * pixels * 2);     // rows: C in bfloat16
-  s.end = s.c + lines_of(channels * pixels * 4);
+  s.reads = lines_of(pixels * block_depth(p, plan) * 2);  // panels of patches
+  s.rows = s.reads + lines_of(p.R * p.S * sizeof(TapRead));
+  s.c = s.rows + lines_of(channels * pixels * 2);  // rows: C in bfloat16
+  s.end = s.c + block_sum_bytes(p, plan, pixels, channels);
   return s;
 }
 

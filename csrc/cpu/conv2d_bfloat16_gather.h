@@ -36,7 +36,7 @@ void gather_bfloat16(const Conv2dProblem& pr, const Conv2dPlan& plan, const Gath
   const auto block = [&](int worker, int64_t phase, int64_t pixel0, int64_t group, int64_t m0) {
     const Bfloat16Gather g = gather_of(phase / phases.cols, phase % phases.cols);
     const Bfloat16Patches& p = g.patches;
-    const int64_t pixels = p.pixels(), depth_step = even(balanced(g.depth, plan.tile_k));
+    const int64_t pixels = p.pixels(), depth_step = even(balanced(g.depth, block_depth(pr, plan)));
     if (pixel0 >= pixels) return;  // a phase smaller than the largest
     const int64_t count = min_of(tile_pixels, pixels - pixel0);
     const int64_t m_count = min_of(tile_channels, produced - m0), panels = ceil_div(m_count, pair_cols);

@@ -37,7 +37,7 @@ void gather_pixels_bfloat16(const Conv2dProblem& pr, const Conv2dPlan& plan, con
     const int64_t image = h.outputs * w.outputs, pixels = pr.N * image;
     if (pixel0 >= pixels) return;  // a phase smaller than the largest
     const int64_t count = min_of(tile_pixels, pixels - pixel0), m_count = min_of(tile_channels, produced - m0);
-    const int64_t pairs = even(g.depth) / 2, pair_step = balanced(pairs, max_of<int64_t>(1, plan.tile_k / 2));
+    const int64_t pairs = even(g.depth) / 2, pair_step = balanced(pairs, block_depth(pr, plan) / 2);
     const int64_t c_row = whole_panels(count), channel = group * produced + m0;
     char* memory = scratch + worker * plan.scratch_bytes;
     auto *packed = reinterpret_cast<bfloat16_t*>(memory), *rows = reinterpret_cast<bfloat16_t*>(memory + layout.rows);
@@ -59,7 +59,7 @@ void gather_pixels_bfloat16(const Conv2dProblem& pr, const Conv2dPlan& plan, con
     int64_t pair0 = 0;
     do {
       const int64_t pair1 = min_of(pairs, pair0 + pair_step);
-      pack(p, channels, pixel0, count, pair0, pair1, packed);
+      pack(p, channels, pixel0, count, pair0, pair1, reinterpret_cast<TapRead*>(memory + layout.reads), packed);
       const FinishedRows* last = pair1 == pairs ? &finished : nullptr;
       const auto prefetch = [&](int64_t i, int64_t end) {  // while there are products to compute
         for (; last && i < end; ++i)

@@ -13,7 +13,6 @@ struct Bfloat16Planes {
   int64_t pitch;
   const bfloat16_t* source;  // the first channel of the first image
 
-  int64_t taps() const { return rows.taps * cols.taps; }
   int64_t plane() const { return rows.source * cols.source; }
 };
 // Where every patch is a pixel, an image is one row.
@@ -42,18 +41,16 @@ FASTCONV_INLINE void for_segments(const Bfloat16Planes& p, int64_t pixel0, int64
   }
 }
 
-// What a segment reads at a tap: lanes of the 64 elements from `offset` on of a plane, the others being zeros.
-struct TapRead {
-  int64_t offset;
-  __mmask32 lanes, low, high;
-};
-inline TapRead tap_read(const Bfloat16Planes& p, const Segment& s, int64_t tap) {
+// What a segment reads at tap (r, s): lanes of the 64 elements from `offset` on of a plane, the others being zeros.
+FASTCONV_INLINE TapRead tap_read(const Bfloat16Planes& p, const Segment& segment, int64_t r, int64_t s) {
   const Axis &rows = p.rows, &cols = p.cols;
-  const int64_t row = s.i * rows.step + rows.first + tap / cols.taps * rows.inc;
-  const int64_t col = s.j * cols.step + cols.first + tap % cols.taps * cols.inc;
-  const int64_t begin = col < 0 ? ceil_div(-col, cols.step) : 0;
-  const int64_t end = min_of(s.length, col < cols.source ? (cols.source - 1 - col) / cols.step + 1 : 0);
-  if (row < 0 || row >= rows.source || begin >= end) return {};
+  const int64_t row = segment.i * rows.step + rows.first + r * rows.inc;
+  const int64_t col = segment.j * cols.step + cols.first + s * cols.inc;
+  if (row < 0 || row >= rows.source) return {};
+  int64_t begin = 0, end = segment.length;
+  if (col < 0) begin = ceil_div(-col, cols.step);
+  if (col + (end - 1) * cols.step >= cols.source) end = col < cols.source ? (cols.source - 1 - col) / cols.step + 1 : 0;
+  if (begin >= end) return {};
   const int64_t from = begin * cols.step, to = (end - 1) * cols.step + 1;
   return {row * cols.source + col, first_lanes(end) & ~first_lanes(begin), first_lanes(to) & ~first_lanes(from),
           first_lanes(to - 32) & ~first_lanes(from - 32)};
@@ -73,29 +70,32 @@ FASTCONV_INLINE __m512i load_tap(const bfloat16_t* plane, const TapRead& read, _
   return _mm512_maskz_permutex2var_epi16(read.lanes, low, index, load_pairs(plane + read.offset + 32, read.high));
 }
 
-// Pairs of rows, t = 2·pair and 2·pair + 1, in panels of pixels: out[panel][pair − pair0][pair_cols][2].
-// Pair u·taps + q has the same two taps for every u, of two in a row of the channels.
+// Pairs of rows, t = 2·pair and 2·pair + 1, in panels of pixels: out[panel][pair − pair0][pair_cols][2]. A zero
+// completes the last pair. reads: one for each tap
 template <bool Strided>
 void pack_pixel_panels(const Bfloat16Planes& p, int64_t channels, int64_t pixel0, int64_t count, int64_t pair0,
-                       int64_t pair1, bfloat16_t* out) {
-  const int64_t taps = p.taps(), plane = p.plane(), panel = (pair1 - pair0) * 2 * pair_cols;
+                       int64_t pair1, TapRead* reads, bfloat16_t* out) {
+  const int64_t taps = p.rows.taps * p.cols.taps, plane = p.plane(), panel = (pair1 - pair0) * 2 * pair_cols;
   const __m512i index = multiples_of(p.cols.step);
-  for_segments(p, pixel0, count, pair_cols, [&](const Segment& s) {
-    const bfloat16_t* image = p.source + s.n * p.pitch * plane;
-    bfloat16_t* to = out + s.at / pair_cols * panel + s.at % pair_cols * 2;
-    const __mmask16 left = __mmask16(first_lanes(s.length)), right = __mmask16(first_lanes(s.length - 16));
-    for (int64_t q = 0; q < min_of(taps, pair1); ++q) {
-      const TapRead even = tap_read(p, s, 2 * q % taps), odd = tap_read(p, s, (2 * q + 1) % taps);
-      const int64_t even_channel = 2 * q / taps, odd_channel = (2 * q + 1) / taps;
-      for (int64_t u = pair0 > q ? ceil_div(pair0 - q, taps) : 0; u * taps + q < pair1; ++u) {
-        const bfloat16_t* from = image + 2 * u * plane;
-        const __m512i a = load_tap<Strided>(from + even_channel * plane, even, index);
-        const __m512i b =
-            2 * u + odd_channel < channels ? load_tap<Strided>(from + odd_channel * plane, odd, index) : __m512i{};
-        bfloat16_t* pair = to + (u * taps + q - pair0) * 2 * pair_cols;
-        _mm512_mask_storeu_epi32(pair, left, interleave<0>(a, b));
-        if (right) _mm512_mask_storeu_epi32(pair + 32, right, interleave<1>(a, b));
-      }
+  if (pair0 == pair1) return;
+  for_segments(p, pixel0, count, pair_cols, [&](const Segment& segment) {
+    for (int64_t r = 0; r < p.rows.taps; ++r)
+      for (int64_t s = 0; s < p.cols.taps; ++s) reads[r * p.cols.taps + s] = tap_read(p, segment, r, s);
+    const bfloat16_t* from = p.source + (segment.n * p.pitch + 2 * pair0 / taps) * plane;
+    const bfloat16_t* const end = p.source + (segment.n * p.pitch + channels) * plane;
+    bfloat16_t* to = out + segment.at / pair_cols * panel + segment.at % pair_cols * 2;
+    const __mmask16 left = __mmask16(first_lanes(segment.length)), right = __mmask16(first_lanes(segment.length - 16));
+    int64_t tap = 2 * pair0 % taps;
+    const auto next = [&] {
+      if (from == end) return __m512i{};
+      const __m512i row = load_tap<Strided>(from, reads[tap], index);
+      if (++tap == taps) tap = 0, from += plane;
+      return row;
+    };
+    for (int64_t pair = pair0; pair < pair1; ++pair, to += 2 * pair_cols) {
+      const __m512i even_row = next(), odd_row = next();
+      _mm512_mask_storeu_epi32(to, left, interleave<0>(even_row, odd_row));
+      if (right) _mm512_mask_storeu_epi32(to + 32, right, interleave<1>(even_row, odd_row));
     }
   });
 }
@@ -108,7 +108,7 @@ void pack_pixel_rows(const Bfloat16Planes& p, int64_t channels, int64_t tap0, in
   const __m512i index = multiples_of(p.cols.step);
   for_segments(p, pixel0, count, count, [&](const Segment& s) {
     for (int64_t tap = 0; tap < taps; ++tap) {
-      const TapRead read = tap_read(p, s, tap0 + tap);
+      const TapRead read = tap_read(p, s, (tap0 + tap) / p.cols.taps, (tap0 + tap) % p.cols.taps);
       const bfloat16_t* from = p.source + s.n * p.pitch * plane;
       bfloat16_t* to = out + tap * out_row + s.at;
       for (int64_t c = 0; c < channels; ++c, from += plane, to += taps * out_row)

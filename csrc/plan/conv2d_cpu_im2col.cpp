@@ -117,9 +117,10 @@ void plan_stem(const Conv2dProblem& p, Conv2dPlan& plan) {
 }  // namespace
 
 void plan_im2col(const Conv2dProblem& p, Conv2dPlan& plan) {
-  if (is_stem(p, plan.direction)) return plan_stem(p, plan);
   plan.kernel = pick(plan.direction, "conv2d_im2col_fprop", "conv2d_im2col_dgrad", "conv2d_im2col_wgrad");
-  if (plan.direction == Direction::wgrad)
+  if (is_stem(p, plan.direction))
+    plan_stem(p, plan);
+  else if (plan.direction == Direction::wgrad)
     plan_wgrad(p, plan);
   else
     plan_gather(p, plan);
