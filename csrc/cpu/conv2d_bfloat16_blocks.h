@@ -136,7 +136,8 @@ inline Bfloat16Scratch bfloat16_pixels_wgrad_scratch(const Conv2dProblem& p, con
   const int64_t filters = whole_panels(block_filters(p, plan)), pixels = even(plan.tile_k);
   s.pairs = (pixels + pieces_of(pixels, std::max<int64_t>(p.P * p.Q, 1)) + 1) / 2;
   s.a_row = 2 * s.pairs + spill;
-  s.b = lines_of((depth + 1) * s.a_row * 2);    // A: patches
+  s.reads = lines_of((depth + 1) * s.a_row * 2);  // A: patches
+  s.b = s.reads + lines_of(p.R * p.S * sizeof(TapRead));
   s.c = s.b + lines_of(filters * s.pairs * 4);  // B: dy
   s.end = s.c + lines_of((depth + 1) * filters * 4);
   return s;

@@ -54,7 +54,7 @@ void gather_pixels_bfloat16(const Conv2dProblem& pr, const Conv2dPlan& plan, con
     FinishedRows finished{rows, c_row, count, nullptr, bias ? bias + channel : nullptr, pr.relu};
     if (direct) finished.data = plane_of(pixel0) + place(pixel0), finished.row = out_plane;
     const int64_t plane = h.source * w.source;
-    const Bfloat16Planes p = planes_of(h, w, pr.groups * channels, source + group * channels * plane);
+    const Bfloat16Planes p{h, w, pr.groups * channels, source + group * channels * plane};
     const auto pack = w.step == 1 ? pack_pixel_panels<false> : pack_pixel_panels<true>;
     int64_t pair0 = 0;
     do {

@@ -49,16 +49,17 @@ inline void wgrad_pixels_bfloat16(const Conv2dProblem& pr, const Conv2dPlan& pla
     const int64_t a_row = layout.a_row, b_panel = layout.pairs * 2 * pair_cols;
     char* memory = scratch + worker * plan.scratch_bytes;
     auto *a = reinterpret_cast<bfloat16_t*>(memory), *b = reinterpret_cast<bfloat16_t*>(memory + layout.b);
+    auto* reads = reinterpret_cast<TapRead*>(memory + layout.reads);
     auto* c = reinterpret_cast<float*>(memory + layout.c);
     memset(c, 0, sizeof(float) * rows * c_row);
     if (with_bias)
       for (int64_t i = 0; i < 2 * layout.pairs; ++i) a[depth * a_row + i] = {0x3f80};  // 1
-    const Bfloat16Planes p = planes_of(fprop_rows(pr), fprop_cols(pr), pr.C, x + (group * cg + c0) * plane);
+    const Bfloat16Planes p{fprop_rows(pr), fprop_cols(pr), pr.C, x + (group * cg + c0) * plane};
     const auto pack_rows = pr.stride_w == 1 ? pack_pixel_rows<false> : pack_pixel_rows<true>;
     for (int64_t index = piece * pixel_blocks / plan.split; index < (piece + 1) * pixel_blocks / plan.split; ++index) {
       const int64_t pixel0 = index * tile_pixels, count = min_of(tile_pixels, pixels - pixel0);
       const int64_t pairs = for_pixel_runs(pixel0, count, image, [&](const PixelRun& run) {
-        pack_rows(p, c_count, tap0, tap_count, run.pixel, run.length, a + 2 * run.pair, a_row);
+        pack_rows(p, c_count, tap0, tap_count, run.pixel, run.length, reads, a + 2 * run.pair, a_row);
         for (int64_t t = 0; run.length % 2 && t < depth; ++t) a[t * a_row + 2 * run.pair + run.length] = {0};
         const bfloat16_t* planes = dy + (run.pixel / image * pr.K + group * kg + k0) * image + run.pixel % image;
         for (int64_t panel = 0; panel < panels; ++panel)

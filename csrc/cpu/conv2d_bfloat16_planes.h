@@ -14,46 +14,63 @@ struct Bfloat16Planes {
   const bfloat16_t* source;  // the first channel of the first image
 
   int64_t plane() const { return rows.source * cols.source; }
+  // Whether outputs that are neighbours across the end of a row read neighbours too, or what lies outside.
+  bool joined() const { return rows.step == 1 && cols.step == 1 && cols.outputs == cols.source; }
 };
-// Where every patch is a pixel, an image is one row.
-inline Bfloat16Planes planes_of(Axis rows, Axis cols, int64_t pitch, const bfloat16_t* source) {
-  if (is_pointwise(rows, cols)) {
-    cols.source = cols.outputs = rows.source * cols.source;
-    rows.source = rows.outputs = 1;
-  }
-  return {rows, cols, pitch, source};
-}
 
-// Outputs (i, j), (i, j + 1) … of image n, the first of which is number `at` of its block. What they read at a tap lies
-// in two registers.
+// Outputs (i, j), (i, j + 1) … of image n, the first of which is number `at` of its block: of a row or, where they are
+// joined, of several. What they read at a tap lies in two registers.
 struct Segment {
   int64_t n, i, j, at, length;
 };
-// cols: none crosses a multiple of so many outputs.
+// width: no segment crosses a multiple of so many outputs of the block.
 template <typename Visit>
-FASTCONV_INLINE void for_segments(const Bfloat16Planes& p, int64_t pixel0, int64_t count, int64_t cols,
+FASTCONV_INLINE void for_segments(const Bfloat16Planes& p, int64_t pixel0, int64_t count, int64_t width,
                                   const Visit& visit) {
-  const int64_t outputs = p.cols.outputs, most = min_of<int64_t>(32, 63 / p.cols.step + 1);
+  const int64_t outputs = p.cols.outputs, image = p.rows.outputs * outputs, line = p.joined() ? image : outputs;
+  const int64_t most = min_of<int64_t>(32, 63 / p.cols.step + 1);
   for (int64_t at = 0, length; at < count; at += length) {
-    const int64_t pixel = pixel0 + at, j = pixel % outputs, row = pixel / outputs;
-    length = min_of(min_of(most, cols - at % cols), min_of(outputs - j, count - at));
-    visit(Segment{row / p.rows.outputs, row % p.rows.outputs, j, at, length});
+    const int64_t pixel = pixel0 + at;
+    length = min_of(min_of(most, width - at % width), min_of(line - pixel % line, count - at));
+    visit(Segment{pixel / image, pixel % image / outputs, pixel % outputs, at, length});
   }
 }
 
-// What a segment reads at tap (r, s): lanes of the 64 elements from `offset` on of a plane, the others being zeros.
-FASTCONV_INLINE TapRead tap_read(const Bfloat16Planes& p, const Segment& segment, int64_t r, int64_t s) {
+// What a segment reads at each tap: lanes of the 64 elements from `offset` on of a plane, the others being zeros.
+inline void segment_reads(const Bfloat16Planes& p, const Segment& segment, TapRead* reads) {
   const Axis &rows = p.rows, &cols = p.cols;
-  const int64_t row = segment.i * rows.step + rows.first + r * rows.inc;
-  const int64_t col = segment.j * cols.step + cols.first + s * cols.inc;
-  if (row < 0 || row >= rows.source) return {};
-  int64_t begin = 0, end = segment.length;
-  if (col < 0) begin = ceil_div(-col, cols.step);
-  if (col + (end - 1) * cols.step >= cols.source) end = col < cols.source ? (cols.source - 1 - col) / cols.step + 1 : 0;
-  if (begin >= end) return {};
-  const int64_t from = begin * cols.step, to = (end - 1) * cols.step + 1;
-  return {row * cols.source + col, first_lanes(end) & ~first_lanes(begin), first_lanes(to) & ~first_lanes(from),
-          first_lanes(to - 32) & ~first_lanes(from - 32)};
+  for (int64_t s = 0; s < cols.taps; ++s) {  // as if all rows were there
+    const int64_t col0 = cols.first + s * cols.inc;
+    TapRead read{};
+    for (int64_t lane = 0, j = segment.j, length; lane < segment.length; lane += length, j = 0) {
+      length = min_of(segment.length - lane, cols.outputs - j);
+      const int64_t col = col0 + j * cols.step;
+      const int64_t begin = col < 0 ? ceil_div(-col, cols.step) : 0;
+      int64_t end = length;
+      if (col + (end - 1) * cols.step >= cols.source)
+        end = col < cols.source ? (cols.source - 1 - col) / cols.step + 1 : 0;
+      if (begin >= end) continue;
+      const int64_t from = begin * cols.step, to = (end - 1) * cols.step + 1;
+      read.lanes |= (first_lanes(end) & ~first_lanes(begin)) << lane;
+      read.low = first_lanes(to) & ~first_lanes(from);
+      read.high = first_lanes(to - 32) & ~first_lanes(from - 32);
+    }
+    if (cols.step == 1) read.low = read.lanes;
+    reads[s] = read;
+  }
+  const auto lane_of = [&](int64_t row) { return row <= 0 ? 0 : row * cols.outputs - segment.j; };
+  for (int64_t r = rows.taps - 1; r >= 0; --r) {
+    const int64_t row = segment.i * rows.step + rows.first + r * rows.inc;
+    const uint32_t inside =
+        row >= rows.source ? 0 : first_lanes(lane_of(rows.source - row)) & ~first_lanes(lane_of(-row));
+    for (int64_t s = 0; s < cols.taps; ++s) {
+      TapRead read = reads[s];
+      read.offset = row * cols.source + segment.j * cols.step + cols.first + s * cols.inc;
+      read.lanes &= inside;
+      if (cols.step == 1) read.low = read.lanes;
+      reads[r * cols.taps + s] = read.lanes ? read : TapRead{};
+    }
+  }
 }
 
 FASTCONV_INLINE __m512i multiples_of(int64_t step) {
@@ -79,8 +96,7 @@ void pack_pixel_panels(const Bfloat16Planes& p, int64_t channels, int64_t pixel0
   const __m512i index = multiples_of(p.cols.step);
   if (pair0 == pair1) return;
   for_segments(p, pixel0, count, pair_cols, [&](const Segment& segment) {
-    for (int64_t r = 0; r < p.rows.taps; ++r)
-      for (int64_t s = 0; s < p.cols.taps; ++s) reads[r * p.cols.taps + s] = tap_read(p, segment, r, s);
+    segment_reads(p, segment, reads);
     const bfloat16_t* from = p.source + (segment.n * p.pitch + 2 * pair0 / taps) * plane;
     const bfloat16_t* const end = p.source + (segment.n * p.pitch + channels) * plane;
     bfloat16_t* to = out + segment.at / pair_cols * panel + segment.at % pair_cols * 2;
@@ -103,16 +119,16 @@ void pack_pixel_panels(const Bfloat16Planes& p, int64_t channels, int64_t pixel0
 // out[channel · taps + tap − tap0][pixel − pixel0], for taps from tap0 on. May write a register past each row.
 template <bool Strided>
 void pack_pixel_rows(const Bfloat16Planes& p, int64_t channels, int64_t tap0, int64_t taps, int64_t pixel0,
-                     int64_t count, bfloat16_t* out, int64_t out_row) {
+                     int64_t count, TapRead* reads, bfloat16_t* out, int64_t out_row) {
   const int64_t plane = p.plane();
   const __m512i index = multiples_of(p.cols.step);
-  for_segments(p, pixel0, count, count, [&](const Segment& s) {
+  for_segments(p, pixel0, count, count, [&](const Segment& segment) {
+    segment_reads(p, segment, reads);
     for (int64_t tap = 0; tap < taps; ++tap) {
-      const TapRead read = tap_read(p, s, (tap0 + tap) / p.cols.taps, (tap0 + tap) % p.cols.taps);
-      const bfloat16_t* from = p.source + s.n * p.pitch * plane;
-      bfloat16_t* to = out + tap * out_row + s.at;
+      const bfloat16_t* from = p.source + segment.n * p.pitch * plane;
+      bfloat16_t* to = out + tap * out_row + segment.at;
       for (int64_t c = 0; c < channels; ++c, from += plane, to += taps * out_row)
-        store_pairs(to, load_tap<Strided>(from, read, index));
+        store_pairs(to, load_tap<Strided>(from, reads[tap0 + tap], index));
     }
   });
 }
