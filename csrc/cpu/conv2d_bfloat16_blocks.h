@@ -41,18 +41,23 @@ inline bool is_pointwise(const Axis& rows, const Axis& cols) {
          rows.outputs == rows.source && cols.outputs == cols.source;
 }
 
-// NCHW: a row of filters, whole pairs. Rows that are a multiple of 2 KiB apart would share their sets of the cache.
-inline int64_t filter_row(int64_t depth) { return even(depth) + (even(depth) % 1024 == 0 ? 32 : 0); }
-inline int64_t filter_row_limit(int64_t contracted) { return contracted + 33; }  // for each tap of it
+// NCHW: the filters are rows of pairs. Where they lie, the depth is even; rows that are a multiple of 2 KiB apart would
+// share their sets of the cache. A copy's rows are an odd number of lines.
+inline bool reads_filters(const Conv2dProblem& p, Direction direction) {
+  const int64_t depth = p.channels_per_group() * p.R * p.S;
+  return direction == Direction::fprop && depth % 2 == 0 && depth % 1024 != 0;
+}
+inline int64_t filter_row(int64_t depth) { return (pieces_of(depth, 32) | 1) * 32; }
+inline int64_t filter_row_limit(int64_t contracted) { return contracted + 63; }  // for each tap of a row
 
 // fprop's and dgrad's copy of the filters, at the beginning of the workspace. Every phase of dgrad with an odd depth
-// takes an element more, in NHWC a row of a panel.
+// takes some more.
 inline int64_t filter_copy_bytes(const Conv2dProblem& p, Direction direction) {
   const int64_t produced = produced_channels(p, direction), contracted = contracted_channels(p, direction);
-  const int64_t taps = p.R * p.S, depth = contracted * taps;
+  const int64_t taps = p.R * p.S;
   if (p.layout == Layout::NHWC) return lines_of(p.groups * whole_panels(produced) * (contracted + 1) * taps * 2);
   if (direction == Direction::dgrad) return lines_of(p.groups * produced * filter_row_limit(contracted) * taps * 2);
-  return filter_row(depth) == depth ? 0 : lines_of(p.groups * produced * filter_row(depth) * 2);
+  return reads_filters(p, direction) ? 0 : lines_of(p.K * filter_row(contracted * taps) * 2);
 }
 
 // One thread's scratch.

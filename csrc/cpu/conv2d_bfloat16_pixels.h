@@ -93,11 +93,11 @@ inline void fprop_pixels_bfloat16(const Conv2dProblem& pr, const Conv2dPlan& pla
                                   const bfloat16_t* w, const bfloat16_t* bias, bfloat16_t* y, char* workspace,
                                   char* scratch, const Parallel& parallel) {
   const int64_t depth = pr.channels_per_group() * pr.R * pr.S, row = filter_row(depth);
-  Bfloat16PixelGather gather{fprop_rows(pr), fprop_cols(pr), w, row, depth};
-  if (row != depth) {
+  Bfloat16PixelGather gather{fprop_rows(pr), fprop_cols(pr), w, depth, depth};
+  if (!reads_filters(pr, plan.direction)) {
     auto* copy = reinterpret_cast<bfloat16_t*>(workspace);
     for_each_task(parallel, pr.K, [&](int, int64_t k) { copy_filter(w + k * depth, depth, copy + k * row); });
-    gather.filters = copy;
+    gather.filters = copy, gather.filter_row = row;
   }
   gather_pixels_bfloat16(pr, plan, [&](int64_t, int64_t) { return gather; }, x, pr.P, pr.Q, bias, y, scratch, parallel);
 }
@@ -114,6 +114,8 @@ inline void pack_filters(const Conv2dProblem& pr, const Axis& rows, const Axis& 
       for (int64_t c = 0; c < channels; ++c) {
         const bfloat16_t* from = w + k * filter + c * filter_taps;
         bfloat16_t* to = out + c * out_row + k * taps;
+        __builtin_prefetch(from + 2 * filter);  // other lines each time, which no pattern foretells
+        __builtin_prefetch(to + 64, 1);
         if (taps == filter_taps)  // neighbours
           for (int64_t i = 0; i < taps; i += 32) {
             const __mmask32 mask = first_lanes(taps - i);
