@@ -18,6 +18,7 @@ CASES = [
     Case("grouped", (2, 38, 12, 15), (34, 19, 5, 3), (2, 3), (4, 0), (1, 2), 2),
     Case("stem", (2, 3, 33, 31), (64, 3, 7, 7), (2, 2), (3, 3)),
     Case("stem of many taps", (1, 3, 29, 37), (40, 3, 11, 11), (4, 4)),
+    Case("stem deeper than a block", (1, 4, 29, 30), (20, 4, 12, 11), (2, 2)),
     Case("one channel", (9, 1, 15, 14), (20, 1, 5, 5), padding=(2, 2)),
     Case("blocks of depth", (1, 70, 9, 9), (64, 70, 3, 3), padding=(2, 2), dilation=(2, 2)),
     Case("blocks of channels", (2, 24, 7, 5), (300, 24, 3, 3), padding=(1, 1)),
