@@ -91,10 +91,12 @@ def test_subnormal_numbers_are_taken_for_zero(isa, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_stems_multiply_pairs_forward(isa, layout):
-    x, w, _, _ = inputs_of(CASES[7], torch.bfloat16, layout, bias=False)
-    y = fastconv.conv2d(x * 2.0**-130, w, None, *CASES[7].config)
-    assert bool(y.any()) == (isa == "avx512")
+def test_stems_multiply_pairs_in_fprop_and_wgrad(isa, layout):
+    x, w, _, dy = inputs_of(CASES[7], torch.bfloat16, layout, bias=False)
+    y, _, dw, _ = conv2d_gradients(
+        lambda x, w, _: fastconv.conv2d(x, w, None, *CASES[7].config), x * 2.0**-130, w, None, dy
+    )
+    assert all(bool(t.any()) == (isa == "avx512") for t in (y, dw))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

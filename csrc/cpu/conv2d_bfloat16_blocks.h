@@ -26,10 +26,10 @@ struct TapRead {
 inline int64_t even(int64_t n) { return n + n % 2; }
 inline int64_t lines_of(int64_t bytes) { return pieces_of(bytes, 64) * 64 + 64; }
 
-// Depth and channels have to fill registers; of a few products each, conversion is a small part. The gradients of stems
-// have kernels of their own.
+// Depth and channels have to fill registers; of a few products each, conversion is a small part. dgrad of stems has
+// a kernel of its own.
 inline bool multiplies_bfloat16(const Conv2dProblem& p, Direction direction) {
-  if (is_stem(p, direction) && direction != Direction::fprop) return false;
+  if (is_stem(p, direction) && direction == Direction::dgrad) return false;
   const int64_t produced = direction == Direction::wgrad ? p.filters_per_group() : produced_channels(p, direction);
   const int64_t contracted = direction == Direction::wgrad ? p.channels_per_group() : contracted_channels(p, direction);
   return p.dtype == DType::bfloat16 && produced >= 16 && contracted * p.R * p.S >= 16;
@@ -103,14 +103,20 @@ inline Bfloat16Scratch bfloat16_pixels_scratch(const Conv2dProblem& p, const Con
   return s;
 }
 
-// wgrad, summed over tile_k pixels
+// wgrad: filters × patch elements, summed over pixels
 inline int64_t block_filters(const Conv2dProblem& p, const Conv2dPlan& plan) {
-  return along_pixels(p, plan.direction) ? plan.tile_n : plan.tile_m;
+  return is_stem(p, plan.direction) || along_pixels(p, plan.direction) ? plan.tile_n : plan.tile_m;
+}
+inline int64_t block_elements(const Conv2dProblem& p, const Conv2dPlan& plan) {
+  return is_stem(p, plan.direction) ? 192 : along_pixels(p, plan.direction) ? plan.tile_m : plan.tile_n;
+}
+inline int64_t summed_pixels(const Conv2dProblem& p, const Conv2dPlan& plan) {
+  return even(is_stem(p, plan.direction) ? 128 : plan.tile_k);
 }
 // NHWC: rows of C are filters, columns are patch elements (r, s, c) of some channels.
 // Channels that fill registers, or all of them and whole rows of the filter: then pieces of patches are long.
 inline DepthBlock block_patch(const Conv2dProblem& p, const Conv2dPlan& plan) {
-  const int64_t target = along_pixels(p, plan.direction) ? plan.tile_m : plan.tile_n, taps = p.R * p.S;
+  const int64_t target = block_elements(p, plan), taps = p.R * p.S;
   const int64_t channels = p.channels_per_group();
   if (channels >= pair_cols) {
     const int64_t most = std::max(pair_cols, target / taps);
@@ -123,7 +129,7 @@ inline DepthBlock block_patch(const Conv2dProblem& p, const Conv2dPlan& plan) {
 inline Bfloat16Scratch bfloat16_wgrad_scratch(const Conv2dProblem& p, const Conv2dPlan& plan) {
   Bfloat16Scratch s{};
   const int64_t depth = whole_panels(block_patch(p, plan).depth()), filters = whole_panels(block_filters(p, plan));
-  const int64_t pixels = even(plan.tile_k);
+  const int64_t pixels = summed_pixels(p, plan);
   s.pairs = pixels / 2;
   s.a_pair = 2 * filters + spill;  // not a power of two
   s.a_row = depth + spill;
@@ -137,8 +143,8 @@ inline Bfloat16Scratch bfloat16_wgrad_scratch(const Conv2dProblem& p, const Conv
 // NCHW: rows of C are patch elements (c, r, s) and one of ones, columns are filters. No pair is of two images.
 inline Bfloat16Scratch bfloat16_pixels_wgrad_scratch(const Conv2dProblem& p, const Conv2dPlan& plan) {
   Bfloat16Scratch s{};
-  const int64_t depth = depth_block(p.channels_per_group(), p.R * p.S, plan.tile_m).depth();
-  const int64_t filters = whole_panels(block_filters(p, plan)), pixels = even(plan.tile_k);
+  const int64_t depth = depth_block(p.channels_per_group(), p.R * p.S, block_elements(p, plan)).depth();
+  const int64_t filters = whole_panels(block_filters(p, plan)), pixels = summed_pixels(p, plan);
   s.pairs = (pixels + pieces_of(pixels, std::max<int64_t>(p.P * p.Q, 1)) + 1) / 2;
   s.a_row = 2 * s.pairs + spill;
   s.reads = lines_of((depth + 1) * s.a_row * 2);  // A: patches

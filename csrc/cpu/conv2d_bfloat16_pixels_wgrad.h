@@ -32,8 +32,8 @@ inline void wgrad_pixels_bfloat16(const Conv2dProblem& pr, const Conv2dPlan& pla
                                   const Parallel& parallel) {
   const int64_t cg = pr.channels_per_group(), kg = pr.filters_per_group(), taps = pr.R * pr.S;
   const int64_t image = pr.P * pr.Q, pixels = pr.N * image, plane = pr.H * pr.W;
-  const DepthBlock block = depth_block(cg, taps, plan.tile_m);
-  const int64_t tile_filters = block_filters(pr, plan), tile_pixels = even(plan.tile_k);
+  const DepthBlock block = depth_block(cg, taps, block_elements(pr, plan));
+  const int64_t tile_filters = block_filters(pr, plan), tile_pixels = summed_pixels(pr, plan);
   const int64_t c_blocks = ceil_div(cg, block.channels), tap_blocks = ceil_div(taps, block.taps);
   const int64_t k_blocks = ceil_div(kg, tile_filters), pixel_blocks = ceil_div(pixels, tile_pixels);
   const Bfloat16Scratch layout = bfloat16_pixels_wgrad_scratch(pr, plan);

@@ -51,7 +51,7 @@ inline void wgrad_bfloat16(const Conv2dProblem& pr, const Conv2dPlan& plan, cons
   const int64_t pixels = pr.N * pr.P * pr.Q;
   const Bfloat16Patches p{fprop_rows(pr), fprop_cols(pr), pr.N, pr.C, x};
   const DepthBlock block = block_patch(pr, plan);
-  const int64_t tile_filters = block_filters(pr, plan), tile_pixels = even(plan.tile_k);
+  const int64_t tile_filters = block_filters(pr, plan), tile_pixels = summed_pixels(pr, plan);
   const int64_t c_blocks = ceil_div(cg, block.channels), tap_blocks = ceil_div(taps, block.taps);
   const int64_t k_blocks = ceil_div(kg, tile_filters), pixel_blocks = ceil_div(pixels, tile_pixels);
   const Bfloat16Scratch layout = bfloat16_wgrad_scratch(pr, plan);
