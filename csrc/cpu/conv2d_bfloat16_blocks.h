@@ -1,7 +1,8 @@
 // Which im2col convolutions multiply bfloat16 without converting it (conv2d_im2col_bfloat16.cpp), and the memory that
 // this takes: one truth for the plan and for the kernels. In bytes.
 //
-// The block sizes are the plan's own, so the same plan serves an instruction set without such a product.
+// The same plan serves an instruction set without such a product, so block sizes are its own, or functions of the
+// problem where those would be too large or too small.
 #pragma once
 
 #include <algorithm>
@@ -50,8 +51,7 @@ inline bool reads_filters(const Conv2dProblem& p, Direction direction) {
 inline int64_t filter_row(int64_t depth) { return (pieces_of(depth, 32) | 1) * 32; }
 inline int64_t filter_row_limit(int64_t contracted) { return contracted + 63; }  // for each tap of a row
 
-// fprop's and dgrad's copy of the filters, at the beginning of the workspace. Every phase of dgrad with an odd depth
-// takes some more.
+// fprop's and dgrad's copy of the filters, at the beginning of the workspace. Each phase of dgrad rounds its depth up.
 inline int64_t filter_copy_bytes(const Conv2dProblem& p, Direction direction) {
   const int64_t produced = produced_channels(p, direction), contracted = contracted_channels(p, direction);
   const int64_t taps = p.R * p.S;
@@ -103,15 +103,22 @@ inline Bfloat16Scratch bfloat16_pixels_scratch(const Conv2dProblem& p, const Con
   return s;
 }
 
-// wgrad: filters × patch elements, summed over pixels
+// wgrad: filters × patch elements, summed over pixels. The plan of NCHW and of stems is for the kernels in float.
+constexpr int64_t paired_elements = 192;
+inline bool plans_for_float(const Conv2dProblem& p, const Conv2dPlan& plan) {
+  return p.layout == Layout::NCHW || is_stem(p, plan.direction);
+}
 inline int64_t block_filters(const Conv2dProblem& p, const Conv2dPlan& plan) {
-  return is_stem(p, plan.direction) || along_pixels(p, plan.direction) ? plan.tile_n : plan.tile_m;
+  const int64_t most = is_stem(p, plan.direction) ? 128 : 256;
+  if (plans_for_float(p, plan)) return std::min(most, whole_panels(p.filters_per_group()));
+  return along_pixels(p, plan.direction) ? plan.tile_n : plan.tile_m;
 }
 inline int64_t block_elements(const Conv2dProblem& p, const Conv2dPlan& plan) {
-  return is_stem(p, plan.direction) ? 192 : along_pixels(p, plan.direction) ? plan.tile_m : plan.tile_n;
+  if (plans_for_float(p, plan)) return paired_elements;
+  return along_pixels(p, plan.direction) ? plan.tile_m : plan.tile_n;
 }
 inline int64_t summed_pixels(const Conv2dProblem& p, const Conv2dPlan& plan) {
-  return even(is_stem(p, plan.direction) ? 128 : plan.tile_k);
+  return plans_for_float(p, plan) ? 128 : even(plan.tile_k);
 }
 // NHWC: rows of C are filters, columns are patch elements (r, s, c) of some channels.
 // Channels that fill registers, or all of them and whole rows of the filter: then pieces of patches are long.

@@ -69,10 +69,10 @@ inline void wgrad_pixels_bfloat16(const Conv2dProblem& pr, const Conv2dPlan& pla
       });
       multiply_pairs(rows, k_count, pairs, a, a_row, 2, b, b_panel, c, c_row, false, nullptr, [](int64_t, int64_t) {});
     }
-    const int64_t filter = group * kg + k0, pieces = tap_count == taps ? 1 : c_count, length = depth / pieces;
+    // A block of some taps is of one channel: rows are neighbours in dw.
+    const int64_t filter = group * kg + k0;
     out.with_piece(piece, [&](auto* dw, auto* db) {
-      for (int64_t i = 0; i < pieces; ++i)
-        transpose(c + i * length * c_row, c_row, length, k_count, dw + (filter * cg + c0 + i) * taps + tap0, cg * taps);
+      transpose(c, c_row, depth, k_count, dw + (filter * cg + c0) * taps + tap0, cg * taps);
       if (with_bias) convert_row(c + depth * c_row, k_count, db + filter);
     });
   });

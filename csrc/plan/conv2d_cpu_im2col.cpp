@@ -61,14 +61,12 @@ void plan_wgrad(const Conv2dProblem& p, Conv2dPlan& plan) {
           width = std::clamp<int64_t>(36864 / std::max<int64_t>(depth, 1) / 32 * 32, 128, 512);
   // 16 bits are packed, in pairs or converted: smaller blocks, so that it takes no more memory.
   const bool pairs = multiplies_bfloat16(p, plan.direction);
-  if (pairs) {
-    patch = along ? 192 : 160;
-    block = 128;
-    width = along ? 256 : 128;
-  } else if (element_bytes(p.dtype) < 4 && !along) {
+  if (along && pairs) {
+    patch = paired_elements;
+  } else if (!along && element_bytes(p.dtype) < 4) {
     patch = 160;
-    block = 112;
-    width = 64;
+    block = pairs ? 128 : 112;
+    width = pairs ? 128 : 64;
   }
   const int64_t tasks = pieces_of(depth, patch) * pieces_of(filters, width) * p.groups;
   const int64_t pixels = along ? pixel_block(p.N, p.P, p.Q, block).pixels() : balanced(p.N * p.P * p.Q, block);
