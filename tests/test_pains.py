@@ -1,7 +1,6 @@
 """What users of other libraries suffered from. Numbers are issues and pull requests of pytorch/pytorch."""
 
 import itertools
-import math
 import re
 
 import pytest
@@ -118,8 +117,7 @@ def test_117736_whole_convolution_of_more_than_2_31_elements(full, layout):
 
 @pytest.mark.parametrize("arch", ["cpu", "sm_90"])
 def test_132300_166643_22741_memory_is_bounded(arch):
-    """No direction asks for GB, as cuDNN did for the first of these, and a call's peak, its tensors included, is not
-    larger in bfloat16 than in float32."""
+    """No direction asks for GB, as cuDNN did for the first of these, nor for more in bfloat16 than in float32."""
     for x_size, w_size in (
         ((1, 128, 168, 64), (128, 128, 3, 3)),
         ((1, 128, 168, 64), (256, 128, 5, 5)),
@@ -127,17 +125,14 @@ def test_132300_166643_22741_memory_is_bounded(arch):
         ((8, 3, 224, 224), (64, 3, 7, 7)),
     ):
         for direction in ("fprop", "dgrad", "wgrad"):
-            wanted, peak = {}, {}
+            wanted = {}
             for dtype in (torch.float32, torch.bfloat16):
                 plan = fastconv.plan(
                     meta(*x_size, dtype=dtype), meta(*w_size, dtype=dtype), direction=direction, arch=arch
                 )
-                y_size = F.conv2d(meta(*x_size), meta(*w_size)).shape
-                tensors = sum(math.prod(size) for size in (x_size, w_size, y_size)) * dtype.itemsize
                 wanted[dtype] = plan.workspace_bytes + plan.scratch_bytes
-                peak[dtype] = wanted[dtype] + tensors
-            assert max(wanted.values()) <= 256 * 2**20, (x_size, w_size, direction)
-            assert peak[torch.bfloat16] <= peak[torch.float32], (x_size, w_size, direction)
+            assert wanted[torch.float32] <= 256 * 2**20, (x_size, w_size, direction)
+            assert wanted[torch.bfloat16] <= wanted[torch.float32], (x_size, w_size, direction)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "NHWC"])

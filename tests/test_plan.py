@@ -1,7 +1,6 @@
 """plan() and algorithms(): pure, complete, and true to what the ops do."""
 
 import itertools
-import math
 
 import pytest
 import torch
@@ -153,8 +152,7 @@ def test_errors():
 
 
 def test_memory_is_bounded():
-    """A plan's workspace is no multiple of its tensors: wgrad of 1×128×168×64 once took 8 GB elsewhere. With the
-    tensors, here of the same size each, bfloat16 takes no more than float32."""
+    """A plan's workspace is no multiple of its tensors: wgrad of 1×128×168×64 once took 8 GB elsewhere."""
     x, w = (1, 128, 168, 64), (128, 128, 3, 3)
     for arch, layout in itertools.product(ARCHS, (torch.contiguous_format, torch.channels_last)):
         for direction in DIRECTIONS:
@@ -163,6 +161,4 @@ def test_memory_is_bounded():
                 for d in (torch.float32, torch.bfloat16)
             ]
             totals = [p.workspace_bytes + 64 * p.scratch_bytes for p in plans]
-            assert max(totals) <= 512 * 2**20
-            tensors = 2 * math.prod(x) + math.prod(w)
-            assert totals[1] + 2 * tensors <= totals[0] + 4 * tensors
+            assert totals[0] <= 512 * 2**20 and totals[1] <= totals[0]

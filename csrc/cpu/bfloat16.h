@@ -108,11 +108,12 @@ inline void pack_transposed_panel(const bfloat16_t* in, int64_t in_pitch, int64_
 struct FinishedRows {
   bfloat16_t* data;
   int64_t row, cols;
-  const bfloat16_t* bias;  // or null
+  const bfloat16_t *bias, *row_bias;  // of columns, and of rows; or null
   bool relu;
 
   FinishedRows from(int64_t i, int64_t col) const {
-    return {data + i * row + col, row, cols - col, bias ? bias + col : nullptr, relu};
+    return {
+        data + i * row + col, row, cols - col, bias ? bias + col : nullptr, row_bias ? row_bias + i : nullptr, relu};
   }
 };
 
@@ -166,6 +167,11 @@ void multiply_pairs_tile(int64_t pairs, const bfloat16_t* a, int64_t a_row, int6
     if (out->bias) {
       sums[i][0] += (__m512)left;
       sums[i][1] += (__m512)right;
+    }
+    if (out->row_bias) {
+      const __m512 value = _mm512_set1_ps(to_acc(out->row_bias[i]));
+      sums[i][0] += value;
+      sums[i][1] += value;
     }
     if (out->relu) {
       sums[i][0] = (__m512)relu((vec_t<float>)sums[i][0]);

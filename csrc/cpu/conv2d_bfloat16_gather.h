@@ -1,9 +1,6 @@
-// fprop and dgrad of bfloat16 without conversion:
+// fprop and dgrad of bfloat16 without conversion, NHWC:
 //
 //   C[pixel][channel] = Σ_t patch[pixel][t] · weights[t][channel]     t = (tap, contracted channel)
-//
-// Patches and filters are made from NHWC. NCHW is transposed to that: the filters first, and what patches are made of,
-// but for a 1×1 convolution, whose patches are transposed as they are packed. C is transposed on its way out.
 #pragma once
 
 #include "conv2d_bfloat16_patches.h"
@@ -22,24 +19,10 @@ struct Bfloat16Gather {
   }
 };
 
-// out[pixel − pixel0][t] = planes[n][t][pixel], and a zero where there is an odd number of channels.
-inline void pack_planes(const Bfloat16Patches& p, const bfloat16_t* planes, int64_t pixel0, int64_t count,
-                        int64_t channels, bfloat16_t* out, int64_t out_row) {
-  const int64_t plane = p.rows.source * p.cols.source;
-  for (int64_t pixel = pixel0; pixel < pixel0 + count;) {
-    const int64_t n = pixel / plane, length = min_of(pixel0 + count - pixel, plane - pixel % plane);
-    transpose_bfloat16(planes + n * p.pitch * plane + pixel % plane, plane, channels, length,
-                       out + (pixel - pixel0) * out_row, out_row);
-    pixel += length;
-  }
-  if (channels % 2)
-    for (int64_t i = 0; i < count; ++i) out[i * out_row + channels] = {0};
-}
-
 template <typename GatherOf>
-void gather_bfloat16(const Conv2dProblem& pr, const Conv2dPlan& plan, const GatherOf& gather_of,
-                     const bfloat16_t* planes, int64_t out_height, int64_t out_width, const bfloat16_t* bias,
-                     bfloat16_t* out, char* scratch, const Parallel& parallel) {
+void gather_bfloat16(const Conv2dProblem& pr, const Conv2dPlan& plan, const GatherOf& gather_of, int64_t out_height,
+                     int64_t out_width, const bfloat16_t* bias, bfloat16_t* out, char* scratch,
+                     const Parallel& parallel) {
   const Phases phases = phases_of(pr, plan.direction);
   const int64_t produced = produced_channels(pr, plan.direction), channels = contracted_channels(pr, plan.direction);
   const int64_t tile_pixels = block_pixels(pr, plan);
@@ -53,13 +36,12 @@ void gather_bfloat16(const Conv2dProblem& pr, const Conv2dPlan& plan, const Gath
   const auto block = [&](int worker, int64_t phase, int64_t pixel0, int64_t group, int64_t m0) {
     const Bfloat16Gather g = gather_of(phase / phases.cols, phase % phases.cols);
     const Bfloat16Patches& p = g.patches;
-    const int64_t pixels = p.pixels(), depth_step = even(balanced(g.depth, plan.tile_k));
+    const int64_t pixels = p.pixels(), depth_step = even(balanced(g.depth, block_depth(pr, plan)));
     if (pixel0 >= pixels) return;  // a phase smaller than the largest
     const int64_t count = min_of(tile_pixels, pixels - pixel0);
     const int64_t m_count = min_of(tile_channels, produced - m0), panels = ceil_div(m_count, pair_cols);
     char* memory = scratch + worker * plan.scratch_bytes;
     auto *packed = reinterpret_cast<bfloat16_t*>(memory), *rows = reinterpret_cast<bfloat16_t*>(memory + layout.rows);
-    auto* columns = reinterpret_cast<bfloat16_t*>(memory + layout.columns);
     auto* c = reinterpret_cast<float*>(memory + layout.c);
     const int64_t c_row = panels * pair_cols, out_row = pr.groups * produced, channel = group * produced + m0;
     const Axis &h = p.rows, &w = p.cols;
@@ -67,11 +49,11 @@ void gather_bfloat16(const Conv2dProblem& pr, const Conv2dPlan& plan, const Gath
       return (h.out_first + pixel / w.outputs % h.outputs * h.out_step) * out_width + w.out_first +
              pixel % w.outputs * w.out_step;
     };
-    // Where out's pixels are not neighbours in NHWC, finished rows go there by way of scratch.
-    const bool dense = h.out_step == 1 && w.out_step == 1, nchw = pr.layout == Layout::NCHW, direct = dense && !nchw;
-    FinishedRows finished{rows, c_row, m_count, bias ? bias + channel : nullptr, pr.relu};
+    // Where out's pixels are not neighbours, finished rows go there by way of scratch.
+    const bool direct = h.out_step == 1 && w.out_step == 1;
+    FinishedRows finished{rows, c_row, m_count, bias ? bias + channel : nullptr, nullptr, pr.relu};
     if (direct) finished.data = out + pixel0 * out_row + channel, finished.row = out_row;
-    const bool pointwise = is_pointwise(h, w), in_place = pointwise && !planes && channels % 2 == 0;
+    const bool in_place = is_pointwise(h, w) && channels % 2 == 0;
     int64_t t0 = 0;
     do {
       const int64_t t1 = min_of(g.depth, t0 + depth_step);
@@ -80,8 +62,6 @@ void gather_bfloat16(const Conv2dProblem& pr, const Conv2dPlan& plan, const Gath
       if (in_place) {
         a_row = p.pitch;
         a = p.source + pixel0 * a_row + group * channels + t0;
-      } else if (pointwise && planes) {
-        pack_planes(p, planes + (group * channels + t0) * h.source * w.source, pixel0, count, t1 - t0, packed, a_row);
       } else {
         pack_patch_rows(p, group * channels, channels, 0, pixel0, count, t0, t1, packed, a_row);
       }
@@ -97,28 +77,10 @@ void gather_bfloat16(const Conv2dProblem& pr, const Conv2dPlan& plan, const Gath
                      even(g.depth) * pair_cols, c, c_row, t0 == 0, last ? &finished : nullptr, prefetch);
       t0 = t1;
     } while (t0 < g.depth);
-    if (direct) return;
     const int64_t image = h.outputs * w.outputs;
-    for (int64_t at = 0; at < count;) {
-      const int64_t n = (pixel0 + at) / image, length = min_of(count - at, image - (pixel0 + at) % image);
-      const bfloat16_t* from = rows + at * c_row;
-      bfloat16_t* to = out + (n * out_row + channel) * out_plane;
-      if (nchw && dense) {
-        transpose_bfloat16(from, c_row, length, m_count, to + place(pixel0 + at), out_plane);
-      } else if (nchw) {
-        for (int64_t m = 0; m < m_count; m += pair_cols) {
-          const int64_t width = min_of(pair_cols, m_count - m);
-          transpose_bfloat16(from + m, c_row, length, width, columns, tile_pixels);
-          for (int64_t i = 0; i < length; ++i)
-            for (int64_t k = 0, where = place(pixel0 + at + i); k < width; ++k)
-              to[(m + k) * out_plane + where] = columns[k * tile_pixels + i];
-        }
-      } else {
-        for (int64_t i = 0; i < length; ++i)
-          memcpy(out + (n * out_plane + place(pixel0 + at + i)) * out_row + channel, from + i * c_row, 2 * m_count);
-      }
-      at += length;
-    }
+    for (int64_t i = 0; !direct && i < count; ++i)
+      memcpy(out + ((pixel0 + i) / image * out_plane + place(pixel0 + i)) * out_row + channel, rows + i * c_row,
+             2 * m_count);
   };
   for_each_task(parallel, phases.rows * phases.cols * phase_tasks, [&](int worker, int64_t task) {
     const int64_t group0 = task / m_blocks % group_blocks * group_step;
@@ -128,61 +90,32 @@ void gather_bfloat16(const Conv2dProblem& pr, const Conv2dPlan& plan, const Gath
   });
 }
 
-// What fprop and dgrad read, in NHWC.
-struct Bfloat16Sources {
-  const bfloat16_t *filters, *source, *planes;
-};
-inline Bfloat16Sources sources(const Conv2dProblem& pr, const Conv2dPlan& plan, const bfloat16_t* source,
-                               int64_t channels, int64_t pixels, const bfloat16_t* w, char* workspace,
-                               const Parallel& parallel) {
-  if (pr.layout == Layout::NHWC) return {w, source, nullptr};
-  const Bfloat16Memory memory = bfloat16_memory(pr, plan);
-  Bfloat16Sources s{w, nullptr, source};
-  if (pr.R * pr.S > 1) {
-    auto* copy = reinterpret_cast<bfloat16_t*>(workspace + memory.filters);
-    to_nhwc(w, pr.K, pr.channels_per_group(), pr.R * pr.S, copy, parallel);
-    s.filters = copy;
-  }
-  if (!is_pointwise(pr, plan.direction)) {
-    auto* copy = reinterpret_cast<bfloat16_t*>(workspace + memory.source);
-    to_nhwc(source, pr.N, channels, pixels, copy, parallel);
-    s.source = copy;
-    s.planes = nullptr;
-  }
-  return s;
-}
-
 inline void fprop_bfloat16(const Conv2dProblem& pr, const Conv2dPlan& plan, const bfloat16_t* x, const bfloat16_t* w,
                            const bfloat16_t* bias, bfloat16_t* y, char* workspace, char* scratch,
                            const Parallel& parallel) {
   const int64_t kg = pr.filters_per_group(), depth = pr.channels_per_group() * pr.R * pr.S;
-  const Bfloat16Sources s = sources(pr, plan, x, pr.C, pr.H * pr.W, w, workspace, parallel);
-  auto* panels = reinterpret_cast<bfloat16_t*>(workspace + bfloat16_memory(pr, plan).panels);
-  const Bfloat16Gather gather{
-      {fprop_rows(pr), fprop_cols(pr), pr.N, pr.C, s.source}, panels, depth, ceil_div(kg, pair_cols)};
+  const Bfloat16Gather gather{{fprop_rows(pr), fprop_cols(pr), pr.N, pr.C, x},
+                              reinterpret_cast<bfloat16_t*>(workspace),
+                              depth,
+                              ceil_div(kg, pair_cols)};
   for_each_task(parallel, pr.groups * gather.group_panels, [&](int, int64_t task) {
     const int64_t group = task / gather.group_panels, panel = task % gather.group_panels, k0 = panel * pair_cols;
-    pack_transposed_panel(s.filters + (group * kg + k0) * depth, depth, min_of(pair_cols, kg - k0), depth,
+    pack_transposed_panel(w + (group * kg + k0) * depth, depth, min_of(pair_cols, kg - k0), depth,
                           gather.panel(group, panel));
   });
-  gather_bfloat16(pr, plan, [&](int64_t, int64_t) { return gather; }, s.planes, pr.P, pr.Q, bias, y, scratch, parallel);
+  gather_bfloat16(pr, plan, [&](int64_t, int64_t) { return gather; }, pr.P, pr.Q, bias, y, scratch, parallel);
 }
 
 inline void dgrad_bfloat16(const Conv2dProblem& pr, const Conv2dPlan& plan, const bfloat16_t* dy, const bfloat16_t* w,
                            bfloat16_t* dx, char* workspace, char* scratch, const Parallel& parallel) {
   const int64_t cg = pr.channels_per_group(), kg = pr.filters_per_group(), panels = ceil_div(cg, pair_cols);
   const Phases phases = phases_of(pr, Direction::dgrad);
-  const Bfloat16Sources s = sources(pr, plan, dy, pr.K, pr.P * pr.Q, w, workspace, parallel);
-  auto* all_panels = reinterpret_cast<bfloat16_t*>(workspace + bfloat16_memory(pr, plan).panels);
   // Each phase has its panels behind those of the phases before it, whose taps are those of the filter in turn.
   const auto gather_of = [&](int64_t a, int64_t b) {
     const Axis rows = dgrad_rows(pr, a), cols = dgrad_cols(pr, b);
-    int64_t rows_before = 0, cols_before = 0;
-    for (int64_t i = 0; i < a; ++i) rows_before += dgrad_rows(pr, i).taps;
-    for (int64_t j = 0; j < b; ++j) cols_before += dgrad_cols(pr, j).taps;
-    const int64_t taps_before = rows_before * pr.S + rows.taps * cols_before;
-    return Bfloat16Gather{{rows, cols, pr.N, pr.K, s.source},
-                          all_panels + taps_before * pr.groups * panels * (kg + 1) * pair_cols,
+    const int64_t before = taps_before(pr, a, b) * pr.groups * panels * (kg + 1) * pair_cols;
+    return Bfloat16Gather{{rows, cols, pr.N, pr.K, dy},
+                          reinterpret_cast<bfloat16_t*>(workspace) + before,
                           rows.taps * cols.taps * kg,
                           panels};
   };
@@ -194,13 +127,13 @@ inline void dgrad_bfloat16(const Conv2dProblem& pr, const Conv2dPlan& plan, cons
     const auto row = [&](int64_t t) {
       const int64_t k = t % kg, r = rows.filter_first + t / kg / cols.taps * rows.filter_step;
       const int64_t col = cols.filter_first + t / kg % cols.taps * cols.filter_step;
-      return load_pairs(s.filters + (((group * kg + k) * pr.R + r) * pr.S + col) * cg + panel * pair_cols, mask);
+      return load_pairs(w + (((group * kg + k) * pr.R + r) * pr.S + col) * cg + panel * pair_cols, mask);
     };
     bfloat16_t* to = g.panel(group, panel);
     for (int64_t t = 0; t < g.depth; t += 2, to += 2 * pair_cols)
       pack_row_pair(row(t), t + 1 < g.depth ? row(t + 1) : __m512i{}, to);
   });
-  gather_bfloat16(pr, plan, gather_of, s.planes, pr.H, pr.W, nullptr, dx, scratch, parallel);
+  gather_bfloat16(pr, plan, gather_of, pr.H, pr.W, nullptr, dx, scratch, parallel);
 }
 
 }  // namespace

@@ -1,21 +1,10 @@
-// Patches of bfloat16 as rows of (r, s, c), copied from NHWC.
+// Patches of bfloat16 as rows of (r, s, c), NHWC.
 #pragma once
 
 #include "bfloat16.h"
 
 namespace fastconv::cpu {
 namespace {
-
-// out[n][pixel][channel] = in[n][channel][pixel]
-inline void to_nhwc(const bfloat16_t* in, int64_t images, int64_t channels, int64_t pixels, bfloat16_t* out,
-                    const Parallel& parallel) {
-  const int64_t step = 256, blocks = ceil_div(pixels, step), image = channels * pixels;
-  for_each_task(parallel, images * blocks, [&](int, int64_t task) {
-    const int64_t n = task / blocks, pixel = task % blocks * step;
-    transpose_bfloat16(in + n * image + pixel, pixels, channels, min_of(step, pixels - pixel),
-                       out + n * image + pixel * channels, channels);
-  });
-}
 
 // Some neighbouring channels of a source [n][row][col][pitch], from `first` on.
 struct Bfloat16Patches {
@@ -69,6 +58,27 @@ inline void pack_tap(const Bfloat16Patches& p, int64_t first, int64_t channels, 
       store_pairs(out + whole, load_pairs(pixel_from + whole, last));
     }
     clipped(hi, j1);
+    pixel += j1 - j0;
+  }
+}
+
+// sources[pixel − pixel0] = what the output reads at a tap, from channel `first` on, or null outside of the source.
+inline void tap_sources(const Bfloat16Patches& p, int64_t first, int64_t tap, int64_t pixel0, int64_t count,
+                        const bfloat16_t** sources) {
+  const Axis &rows = p.rows, &cols = p.cols;
+  const int64_t col0 = cols.first + tap % cols.taps * cols.inc, step = cols.step * p.pitch;
+  const int64_t inside0 = col0 >= 0 ? 0 : ceil_div(-col0, cols.step);
+  const int64_t inside1 = cols.source <= col0 ? 0 : (cols.source - 1 - col0) / cols.step + 1;
+  for (int64_t pixel = pixel0; pixel < pixel0 + count;) {
+    const int64_t j0 = pixel % cols.outputs, i = pixel / cols.outputs % rows.outputs;
+    const int64_t n = pixel / cols.outputs / rows.outputs, j1 = min_of(cols.outputs, j0 + pixel0 + count - pixel);
+    const int64_t row = i * rows.step + rows.first + tap / cols.taps * rows.inc;
+    const int64_t lo = row < 0 || row >= rows.source ? j1 : min_of(j1, max_of(j0, inside0));
+    const int64_t hi = min_of(j1, max_of(lo, inside1));
+    const bfloat16_t* from = p.source + ((n * rows.source + row) * cols.source + col0) * p.pitch + first;
+    for (int64_t j = j0; j < lo; ++j) *sources++ = nullptr;
+    for (int64_t j = lo; j < hi; ++j) *sources++ = from + j * step;
+    for (int64_t j = hi; j < j1; ++j) *sources++ = nullptr;
     pixel += j1 - j0;
   }
 }

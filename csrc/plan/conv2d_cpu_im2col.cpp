@@ -26,7 +26,7 @@ void plan_gather(const Conv2dProblem& p, Conv2dPlan& plan) {
   int64_t depth = !along && patches_in_place(p, plan.direction) ? 1152 : 288;
   if (multiplies_bfloat16(p, plan.direction)) {  // half the bytes, and filters that are packed once
     pixels = 96;
-    fewer_pixels = 48;
+    fewer_pixels = p.layout == Layout::NCHW ? 64 : 48;  // panels of pixels, or tiles
     channels = 256;
     depth = 384;
   } else if (!along && taps > 1 && !patches_in_place(p, plan.direction)) {
@@ -60,9 +60,11 @@ void plan_wgrad(const Conv2dProblem& p, Conv2dPlan& plan) {
   int64_t patch = 288, block = 256,
           width = std::clamp<int64_t>(36864 / std::max<int64_t>(depth, 1) / 32 * 32, 128, 512);
   // 16 bits are packed, in pairs or converted: smaller blocks, so that it takes no more memory.
-  if (element_bytes(p.dtype) < 4 && !along) {
-    const bool pairs = multiplies_bfloat16(p, plan.direction);
-    patch = pairs ? 192 : 160;
+  const bool pairs = multiplies_bfloat16(p, plan.direction);
+  if (along && pairs) {
+    patch = paired_elements;
+  } else if (!along && element_bytes(p.dtype) < 4) {
+    patch = 160;
     block = pairs ? 128 : 112;
     width = pairs ? 128 : 64;
   }
@@ -113,17 +115,17 @@ void plan_stem(const Conv2dProblem& p, Conv2dPlan& plan) {
 }  // namespace
 
 void plan_im2col(const Conv2dProblem& p, Conv2dPlan& plan) {
-  if (is_stem(p, plan.direction)) return plan_stem(p, plan);
   plan.kernel = pick(plan.direction, "conv2d_im2col_fprop", "conv2d_im2col_dgrad", "conv2d_im2col_wgrad");
-  if (plan.direction == Direction::wgrad)
+  if (is_stem(p, plan.direction))
+    plan_stem(p, plan);
+  else if (plan.direction == Direction::wgrad)
     plan_wgrad(p, plan);
   else
     plan_gather(p, plan);
   if (!multiplies_bfloat16(p, plan.direction)) return;
-  const int64_t scratch =
-      plan.direction == Direction::wgrad ? bfloat16_wgrad_scratch(p, plan).end : bfloat16_gather_scratch(p, plan).end;
-  plan.scratch_bytes = std::max(plan.scratch_bytes, aligned(scratch));
-  plan.workspace_bytes = std::max(plan.workspace_bytes, bfloat16_memory(p, plan).end);
+  plan.scratch_bytes = std::max(plan.scratch_bytes, aligned(bfloat16_scratch_bytes(p, plan)));
+  if (plan.direction != Direction::wgrad)
+    plan.workspace_bytes = std::max(plan.workspace_bytes, filter_copy_bytes(p, plan.direction));
 }
 
 }  // namespace fastconv::cpu
