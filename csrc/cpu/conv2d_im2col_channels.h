@@ -275,17 +275,16 @@ void add_rows(const E* a, int64_t pitch, int64_t rows, int64_t cols, E* sums) {
 template <typename E, int Rows, int Vectors>
 void multiply_pixels_tile(int64_t pixels, const E* a, int64_t a_col, const E* const* rows, int64_t channel, E* c,
                           int64_t c_row) {
-  vec_t<E> sums[Rows][Vectors] = {};
+  vec_t<E> sums[Rows][Vectors];
+  clear_tile(sums);
   for (int64_t pixel = 0; pixel < pixels; ++pixel, a += a_col) {
     vec_t<E> values[Vectors];
+#pragma GCC unroll 2
     for (int v = 0; v < Vectors; ++v) values[v] = load(rows[pixel] + channel + v * lanes<E>);
-    for (int i = 0; i < Rows; ++i) {
-      const vec_t<E> value = broadcast<E>(a[i]);
-      for (int v = 0; v < Vectors; ++v) sums[i][v] += value * values[v];
-    }
+    add_products(sums, values, [&](int i) { return broadcast<E>(a[i]); });
   }
-  for (int i = 0; i < Rows; ++i, c += c_row)
-    for (int v = 0; v < Vectors; ++v) store(c + v * lanes<E>, load(c + v * lanes<E>) + sums[i][v]);
+  add_tile(sums, c, c_row);
+  store_tile(sums, c, c_row);
 }
 
 // Patch elements t0 … t0 + t_count − 1 of all filters; rows: [tap][pixel] from t0's tap on. Vectors don't cross taps.

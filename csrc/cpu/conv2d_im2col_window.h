@@ -23,22 +23,21 @@ struct WindowOut {
 template <typename T, int Rows, int Vectors>
 FASTCONV_INLINE void store_window_tile(vec_t<T> (&sums)[Rows][Vectors], const WindowOut<T>& to, int64_t row,
                                        int64_t col) {
+  acc_t<T>* c = to.c + row * to.c_row + col;
+  if (to.add) add_tile(sums, c, to.c_row);
+  if (!to.out) return store_tile(sums, c, to.c_row);
+  const int64_t left = to.cols - col;
+#pragma GCC unroll 6
   for (int i = 0; i < Rows; ++i) {
-    acc_t<T>* c = to.c + (row + i) * to.c_row + col;
-    const vec_t<T> bias = broadcast<T>(to.out && to.bias ? to_acc(to.bias[row + i]) : 0);
+    const vec_t<T> bias = broadcast<T>(to.bias ? to_acc(to.bias[row + i]) : 0);
+    T* out = to.out + (row + i) * to.out_row + col;
+#pragma GCC unroll 2
     for (int v = 0; v < Vectors; ++v) {
-      const vec_t<T> sum = to.add ? load(c + v * lanes<T>) + sums[i][v] : sums[i][v];
-      if (!to.out) {
-        store(c + v * lanes<T>, sum);
-        continue;
-      }
-      const int64_t left = to.cols - col - v * lanes<T>;
-      T* out = to.out + (row + i) * to.out_row + col + v * lanes<T>;
-      const vec_t<T> y = to.relu ? relu(sum + bias) : sum + bias;
-      if (left >= lanes<T>)
-        store(out, y);
+      const vec_t<T> y = to.relu ? relu(sums[i][v] + bias) : sums[i][v] + bias;
+      if (left >= (v + 1) * lanes<T>)
+        store(out + v * lanes<T>, y);
       else
-        store_first(out, y, left);
+        store_first(out + v * lanes<T>, y, left - v * lanes<T>);
     }
   }
 }
@@ -54,23 +53,26 @@ template <typename T, int Rows, int Vectors>
 void multiply_window_tile(int64_t channels, int64_t taps, const WindowFilters<acc_t<T>>& a, const acc_t<T>* b,
                           const int64_t* offsets, const WindowOut<T>& to, int64_t row, int64_t col) {
   using E = acc_t<T>;
+  constexpr int64_t line = 64 / sizeof(E);
   const E* rows[Rows];
   for (int i = 0; i < Rows; ++i) rows[i] = a.data + (row + i) * a.rows;
   if (to.out)  // so that the stores find their lines
     for (int i = 0; i < Rows; ++i)
       for (int v = 0; v < Vectors; ++v) __builtin_prefetch(to.out + (row + i) * to.out_row + col + v * lanes<T>, 1);
-  vec_t<E> sums[Rows][Vectors] = {};
-  for (int64_t channel = 0, at = 0; channel < channels; ++channel, at += a.channels - taps) {
-    if (taps > 1 || channel % 16 == 0)  // the rows of the next tile: short pieces, far apart, come late otherwise
-      for (int i = 0; i < Rows; ++i)
-        for (int64_t tap = 0; tap < taps; tap += 16) __builtin_prefetch(rows[i] + Rows * a.rows + at + tap);
-    for (int64_t tap = 0; tap < taps; ++tap, ++at, ++offsets) {
+  vec_t<E> sums[Rows][Vectors];
+  clear_tile(sums);
+  // Neighbours in A, `piece` of them at a time: all of a row, or the taps of a channel.
+  const bool joined = a.channels == taps;
+  const int64_t depth = channels * taps, piece = joined ? line : taps, step = joined ? line : a.channels;
+  for (int64_t t = 0, first = 0; t < depth; t += piece, first += step) {
+    for (int i = 0; i < Rows; ++i)  // the rows of the next tile: short pieces, far apart, come late otherwise
+      for (int64_t at = 0; at < piece; at += line) __builtin_prefetch(rows[i] + Rows * a.rows + first + at);
+    for (int64_t at = first; at < first + min_of(piece, depth - t); ++at) {
+      const E* from = b + *offsets++;
       vec_t<E> values[Vectors];
-      for (int v = 0; v < Vectors; ++v) values[v] = load(b + *offsets + v * lanes<E>);
-      for (int i = 0; i < Rows; ++i) {
-        const vec_t<E> value = broadcast<E>(rows[i][at]);
-        for (int v = 0; v < Vectors; ++v) sums[i][v] += value * values[v];
-      }
+#pragma GCC unroll 2
+      for (int v = 0; v < Vectors; ++v) values[v] = load(from + v * lanes<E>);
+      add_products(sums, values, [&](int i) { return broadcast<E>(rows[i][at]); });
     }
   }
   store_window_tile<T>(sums, to, row, col);

@@ -17,30 +17,58 @@ constexpr int tile_rows = 6;
 template <typename E>
 constexpr int panel_cols = 2 * lanes<E>;
 
-// C (+)= sums
-template <typename E, int Rows>
-FASTCONV_INLINE void store_tile(vec_t<E> (&sums)[Rows][2], E* c, int64_t c_row, bool add) {
-  for (int i = 0; i < Rows; ++i, c += c_row) {
-    store(c, add ? load(c) + sums[i][0] : sums[i][0]);
-    store(c + lanes<E>, add ? load(c + lanes<E>) + sums[i][1] : sums[i][1]);
+// The loops over a tile are unrolled by pragma, early: otherwise the compiler keeps its sums in memory before and after
+// the loop over the depth.
+
+// sums = 0
+template <typename V, int Rows, int Vectors>
+FASTCONV_INLINE void clear_tile(V (&sums)[Rows][Vectors]) {
+#pragma GCC unroll 6
+  for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 2
+    for (int v = 0; v < Vectors; ++v) sums[i][v] = V{};
+}
+
+// sums[i] += value of row i · values
+template <typename V, int Rows, int Vectors, typename Value>
+FASTCONV_INLINE void add_products(V (&sums)[Rows][Vectors], const V (&values)[Vectors], const Value& value_of) {
+#pragma GCC unroll 6
+  for (int i = 0; i < Rows; ++i) {
+    const V value = value_of(i);
+#pragma GCC unroll 2
+    for (int v = 0; v < Vectors; ++v) sums[i][v] += value * values[v];
   }
+}
+
+// sums += c
+template <typename E, int Rows, int Vectors>
+FASTCONV_INLINE void add_tile(vec_t<E> (&sums)[Rows][Vectors], const E* c, int64_t c_row) {
+#pragma GCC unroll 6
+  for (int i = 0; i < Rows; ++i, c += c_row)
+#pragma GCC unroll 2
+    for (int v = 0; v < Vectors; ++v) sums[i][v] += load(c + v * lanes<E>);
+}
+
+// c = sums
+template <typename E, int Rows, int Vectors>
+FASTCONV_INLINE void store_tile(const vec_t<E> (&sums)[Rows][Vectors], E* c, int64_t c_row) {
+#pragma GCC unroll 6
+  for (int i = 0; i < Rows; ++i, c += c_row)
+#pragma GCC unroll 2
+    for (int v = 0; v < Vectors; ++v) store(c + v * lanes<E>, sums[i][v]);
 }
 
 // Rows rows of C, one panel wide.
 template <typename E, int Rows>
 void multiply_tile(int64_t depth, const E* a, int64_t a_row, int64_t a_col, const E* b, E* c, int64_t c_row, bool add) {
-  const E* rows[Rows];
-  for (int i = 0; i < Rows; ++i) rows[i] = a + i * a_row;
-  vec_t<E> sums[Rows][2] = {};
-  for (int64_t t = 0, at = 0; t < depth; ++t, at += a_col, b += panel_cols<E>) {
-    const vec_t<E> left = load(b), right = load(b + lanes<E>);
-    for (int i = 0; i < Rows; ++i) {
-      const vec_t<E> value = broadcast<E>(rows[i][at]);
-      sums[i][0] += value * left;
-      sums[i][1] += value * right;
-    }
+  vec_t<E> sums[Rows][2];
+  clear_tile(sums);
+  for (int64_t t = 0; t < depth; ++t, a += a_col, b += panel_cols<E>) {
+    const vec_t<E> values[2] = {load(b), load(b + lanes<E>)};
+    add_products(sums, values, [&](int i) { return broadcast<E>(a[i * a_row]); });
   }
-  store_tile<E, Rows>(sums, c, c_row, add);
+  if (add) add_tile(sums, c, c_row);
+  store_tile(sums, c, c_row);
 }
 
 // Calls tile(first row, integral_constant of its height) for tiles of nearly equal height.
