@@ -101,7 +101,7 @@ inline bool along_pixels(const Conv2dProblem& p, Direction direction) {
 // fprop and dgrad along pixels multiply vectors of neighbouring pixels, none of which crosses the end of a line:
 //   rows    a line is a row of the output; the taps of a row read one staged copy of it, each from another element on
 //   images  rows are joined: each column of the filter has a staged copy of its own, without what the others read
-//   block   images are joined as well: patches are copied from those once more, unless the filter has one tap only
+//   block   images are joined as well, by copying pieces of theirs into a panel
 enum class Lines { rows, images, block };
 
 // The cheapest in vectors of 16, of which copying one costs as much as a few multiply-adds.
@@ -114,13 +114,19 @@ inline Lines choose_lines(const Axis& rows, const Axis& cols, const PixelBlock& 
   const int64_t shifted = copy_cost * staged_rows * cols.taps * row;
   const int64_t by_images = taps * produced * block.n * image + shifted;
   const int64_t by_block = taps * produced * pieces_of(block.pixels(), vector) + shifted +
-                           (taps > 1 && block.n > 1 ? copy_cost * taps * block.n * image : 0);
-  if (by_rows <= by_images && by_rows <= by_block) return Lines::rows;
+                           (block.n > 1 ? copy_cost * taps * block.n * image : 0);
+  if (taps > 1 && by_rows <= by_images && by_rows <= by_block) return Lines::rows;
   return by_images <= by_block ? Lines::images : Lines::block;
 }
 inline int64_t stage_elements(const Axis& rows, const Axis& cols, const PixelBlock& block, Lines lines) {
   if (lines == Lines::rows) return stage_elements(rows, cols, block);
   return make_strips(rows, block.i).elements() * cols.taps * block.j;
+}
+
+// fprop and dgrad along pixels: whether the planes are read where they lie, not staged.
+inline bool windows_in_place(const Conv2dProblem& p, Direction direction) {
+  return (p.dtype == DType::float32 || p.dtype == DType::float64) && p.layout == Layout::NCHW && p.R * p.S == 1 &&
+         p.pad_h == 0 && p.pad_w == 0 && (direction == Direction::dgrad || (p.stride_h == 1 && p.stride_w == 1));
 }
 
 // fprop and dgrad along pixels: whether the filters are read where they lie, the taps of a channel being neighbours.
@@ -157,12 +163,12 @@ inline Scratch gather_scratch(const Conv2dProblem& p, const Conv2dPlan& plan) {
     const PixelBlock block = gather_block(p.N, rows.outputs, cols.outputs, plan.tile_n);
     const DepthBlock depth = depth_block(contracted_channels(p, plan.direction), rows.taps * cols.taps, plan.tile_k);
     const Lines lines = choose_lines(rows, cols, block, produced_channels(p, plan.direction));
-    const bool packed = lines == Lines::block && block.n > 1 && rows.taps * cols.taps > 1;
+    const int64_t planes = windows_in_place(p, plan.direction) ? 0 : block.n * depth.channels;
     const int64_t line_count = lines == Lines::rows ? block.n * block.i : lines == Lines::images ? block.n : 1;
     const int64_t c_row = line_count * whole_panels(pieces_of(block.pixels(), line_count));
     s.stage = 2 * depth.depth() + slack;  // an int64 takes two floats
-    s.b = s.stage + block.n * depth.channels * stage_elements(rows, cols, block, lines) + slack;
-    s.c = s.b + (packed ? whole_panels(block.pixels()) * depth.depth() : 0) + slack;
+    s.b = s.stage + planes * stage_elements(rows, cols, block, lines) + slack;
+    s.c = s.b + max_panel_cols * depth.depth() + slack;
     s.end = s.c + plan.tile_m * c_row + slack;
   } else {
     const int64_t contracted = contracted_channels(p, plan.direction);

@@ -3,8 +3,8 @@
 //   C[channel][pixel] = Σ_t weights[channel][t] · patch[t][pixel]     t = (contracted channel, tap)
 //
 // A task computes a block of pixels × channels. For each block of depth it stages the planes that the pixels read, with
-// their padding, and multiplies: a row of patches is a piece of a staged plane, so that nothing else is copied, save
-// for small images (Lines in conv2d_blocks.h).
+// their padding, unless the filter is one tap that reads them as they are, and multiplies: a row of patches is a piece
+// of a plane.
 #pragma once
 
 #include "conv2d_blocks.h"
@@ -150,15 +150,6 @@ void stage_block(const Images<const T>& source, int64_t n0, int64_t n_count, int
       }
 }
 
-// out[t][n·line + pixel] = planes[n·plane + offsets[t] + pixel]: the images of a block, joined.
-template <typename E>
-void join_images(const E* planes, int64_t plane, int64_t n_count, int64_t line, const int64_t* offsets, int64_t depth,
-                 int64_t pitch, E* out) {
-  for (int64_t t = 0; t < depth; ++t, out += pitch)
-    for (int64_t n = 0; n < n_count; ++n)  // vectors spill into what is written next
-      for (int64_t i = 0; i < line; i += lanes<E>) store(out + n * line + i, load(planes + n * plane + offsets[t] + i));
-}
-
 // out[2·j] = v[j], j < count. What lies between may be another task's.
 template <typename T>
 FASTCONV_INLINE void store_even(T* out, vec_t<T> v, int64_t count) {
@@ -205,6 +196,7 @@ void gather_pixels(const Conv2dProblem& pr, const Conv2dPlan& plan, const Gather
   const PixelBlock block = gather_block(pr.N, most_rows.outputs, most_cols.outputs, plan.tile_n);
   const DepthBlock depth_most = depth_block(channels, most_rows.taps * most_cols.taps, plan.tile_k);
   const Lines lines = choose_lines(most_rows, most_cols, block, produced);
+  const bool in_place = windows_in_place(pr, direction);
   const Scratch layout = gather_scratch(pr, plan);
   const int64_t n_blocks = ceil_div(pr.N, block.n), m_blocks = ceil_div(produced, plan.tile_m);
   const int64_t i_blocks = ceil_div(most_rows.outputs, block.i), j_blocks = ceil_div(most_cols.outputs, block.j);
@@ -223,7 +215,7 @@ void gather_pixels(const Conv2dProblem& pr, const Conv2dPlan& plan, const Gather
 
     char* memory = scratch + worker * plan.scratch_bytes;
     auto* offsets = reinterpret_cast<int64_t*>(memory);
-    E *stage = reinterpret_cast<E*>(memory) + layout.stage, *b = reinterpret_cast<E*>(memory) + layout.b;
+    E *stage = reinterpret_cast<E*>(memory) + layout.stage, *panel = reinterpret_cast<E*>(memory) + layout.b;
     E* c = reinterpret_cast<E*>(memory) + layout.c;
     const bool by_rows = lines == Lines::rows;
     const Strips row_strips = make_strips(rows, i_count);
@@ -235,10 +227,11 @@ void gather_pixels(const Conv2dProblem& pr, const Conv2dPlan& plan, const Gather
       return row_strips.offset(tap / cols.taps) * col_strips.elements() + (by_rows ? col_strips.offset(s) : s * piece);
     };
 
-    const bool joined = lines == Lines::block, packed = joined && taps > 1 && n_count > 1;
+    const bool joined = lines == Lines::block;
     const int64_t line_rows = by_rows ? 1 : i_count, image_lines = i_count / line_rows;
     const int64_t line_count = joined ? 1 : n_count * image_lines, line = n_count * i_count * j_count / line_count;
     const int64_t line_pitch = ceil_div(line, lanes<E>) * lanes<E>, c_row = line_count * line_pitch;
+    const int64_t channel_pitch = in_place ? g.source.channel : n_count * plane;
     // The last product writes to the result: a line's pixels are neighbours there.
     const bool direct = pr.layout == Layout::NCHW && taps * g.channels > 0 && cols.out_step == 1 &&
                         (line_rows == 1 || (rows.out_step == 1 && j_count == cols.outputs)) &&
@@ -255,17 +248,14 @@ void gather_pixels(const Conv2dProblem& pr, const Conv2dPlan& plan, const Gather
 
     for (int64_t ch0 = 0; ch0 < g.channels && taps > 0; ch0 += depth_most.channels) {
       const int64_t ch_count = min_of(depth_most.channels, g.channels - ch0);
-      stage_block<T>(g.source, n0, n_count, group * g.channels + ch0, ch_count, rows, row_strips, i0, cols, col_strips,
-                     j0, pieces, stage);
+      if (!in_place)
+        stage_block<T>(g.source, n0, n_count, group * g.channels + ch0, ch_count, rows, row_strips, i0, cols,
+                       col_strips, j0, pieces, stage);
       for (int64_t tap0 = 0; tap0 < taps; tap0 += depth_taps) {
-        const int64_t tap_count = min_of(depth_taps, taps - tap0), depth = ch_count * tap_count;
+        const int64_t tap_count = min_of(depth_taps, taps - tap0);
         for (int64_t tap = 0; tap < tap_count; ++tap)
-          for (int64_t ch = 0, at = tap_offset(tap0 + tap); ch < ch_count; ++ch, at += n_count * plane)
+          for (int64_t ch = 0, at = in_place ? 0 : tap_offset(tap0 + tap); ch < ch_count; ++ch, at += channel_pitch)
             offsets[ch * tap_count + tap] = at;
-        if (packed) {
-          join_images(stage, plane, n_count, i_count * j_count, offsets, depth, line_pitch, b);
-          for (int64_t t = 0; t < depth; ++t) offsets[t] = t * line_pitch;
-        }
         const bool last = ch0 + ch_count == g.channels && tap0 + tap_count == taps;
         WindowFilters<E> a{filters + g.filters, g.channels * taps, taps};
         const int64_t filter_group = g.produced * a.rows;                        // in either order
@@ -276,6 +266,14 @@ void gather_pixels(const Conv2dProblem& pr, const Conv2dPlan& plan, const Gather
         a.data += group * filter_group + m0 * a.rows + ch0 * a.channels + tap0;
         for (int64_t at = 0; at < line_count; ++at) {
           const int64_t n = at / image_lines, i = at % image_lines;
+          WindowLine<E> windows{stage + n * plane + i * col_strips.elements(), joined ? i_count * j_count : line, plane,
+                                line};
+          if constexpr (std::is_same_v<T, E>) {
+            if (in_place) {
+              windows.data = g.source.at(n0 + n, group * g.channels + ch0, i0 + i, j0);
+              windows.plane = g.source.n;
+            }
+          }
           const WindowOut<T> to{c + at * line_pitch,
                                 c_row,
                                 ch0 + tap0 > 0,
@@ -284,8 +282,7 @@ void gather_pixels(const Conv2dProblem& pr, const Conv2dPlan& plan, const Gather
                                 line,
                                 g.bias ? g.bias + group * g.produced + m0 : nullptr,
                                 pr.relu};
-          multiply_windows<T>(m_count, line, ch_count, tap_count, a,
-                              packed ? b : stage + n * plane + i * col_strips.elements(), offsets, to);
+          multiply_windows<T>(m_count, windows, ch_count, tap_count, a, offsets, panel, to);
         }
       }
     }

@@ -36,10 +36,18 @@ FASTCONV_INLINE void copy_strided(const T* source, int64_t step, acc_t<T>* out, 
       store_first(out + i, rest, count - i);
     return;
   }
-  if (step == 2)  // the second load reads one element past the last one that is needed
-    for (; i + lanes<T> < count; i += lanes<T>)
-      store(out + i, even_lanes<acc_t<T>>(load(source + 2 * i), load(source + 2 * i + lanes<T>),
-                                          std::make_integer_sequence<int, lanes<T>>()));
+  if (step == 2) {
+    constexpr std::make_integer_sequence<int, lanes<T>> all;
+    for (; i + lanes<T> < count; i += lanes<T>)  // the second load reads one element past the last one that is needed
+      store(out + i, even_lanes<acc_t<T>>(load(source + 2 * i), load(source + 2 * i + lanes<T>), all));
+    if (Spill && i < count) {
+      const int64_t left = 2 * (count - i) - 1;  // elements from the next one to the last one
+      const vec_t<T> low = load_first(source + 2 * i, min_of<int64_t>(left, lanes<T>));
+      const vec_t<T> high = left > lanes<T> ? load_first(source + 2 * i + lanes<T>, left - lanes<T>) : vec_t<T>{};
+      store(out + i, even_lanes<acc_t<T>>(low, high, all));
+      return;
+    }
+  }
   for (; i < count; ++i) out[i] = to_acc(source[i * step]);
 }
 
