@@ -129,11 +129,15 @@ inline bool windows_in_place(const Conv2dProblem& p, Direction direction) {
          p.pad_h == 0 && p.pad_w == 0 && (direction == Direction::dgrad || (p.stride_h == 1 && p.stride_w == 1));
 }
 
-// fprop and dgrad along pixels: whether the filters are read where they lie, the taps of a channel being neighbours.
-// For dgrad a channel's filters are far apart, so that there should be a few taps.
+// fprop and dgrad along pixels: whether the filters are read where they lie, every tap being multiplied at once.
 inline bool filters_in_place(const Conv2dProblem& p, Direction direction) {
   return (p.dtype == DType::float32 || p.dtype == DType::float64) && (p.layout == Layout::NCHW || p.R * p.S == 1) &&
-         (direction == Direction::fprop || (p.stride_h == 1 && p.stride_w == 1 && p.R * p.S > 1));
+         (direction == Direction::fprop || (p.stride_h == 1 && p.stride_w == 1) || p.R * p.S == 1);
+}
+
+// dgrad along pixels: two phases that lie in the same rows, in turn, are one task, which writes whole rows.
+inline int64_t phases_at_once(const Conv2dProblem& p, Direction direction) {
+  return direction == Direction::dgrad && p.layout == Layout::NCHW && p.stride_w == 2 && p.W > 1 ? 2 : 1;
 }
 
 // fprop and dgrad along channels: whether patches are read where they lie, in pieces of one pixel's channels.
@@ -169,7 +173,7 @@ inline Scratch gather_scratch(const Conv2dProblem& p, const Conv2dPlan& plan) {
     s.stage = 2 * depth.depth() + slack;  // an int64 takes two floats
     s.b = s.stage + planes * stage_elements(rows, cols, block, lines) + slack;
     s.c = s.b + max_panel_cols * depth.depth() + slack;
-    s.end = s.c + plan.tile_m * c_row + slack;
+    s.end = s.c + phases_at_once(p, plan.direction) * plan.tile_m * c_row + slack;
   } else {
     const int64_t contracted = contracted_channels(p, plan.direction);
     const bool in_place = patches_in_place(p, plan.direction);
@@ -193,7 +197,8 @@ inline Scratch wgrad_scratch(const Conv2dProblem& p, const Conv2dPlan& plan) {
     const DepthBlock patch = depth_block(p.channels_per_group(), p.R * p.S, plan.tile_m);
     const Lines lines = joins_rows(block.j) ? Lines::images : Lines::rows;
     const int64_t line_count = joins_rows(block.j) ? block.n : block.n * block.i;
-    s.stage = 2 * patch.depth() * line_count + slack;  // a pointer takes two floats
+    s.rows = 2 * patch.depth() * line_count;  // a pointer takes two floats
+    s.stage = s.rows + 2 * patch.depth() + slack;
     s.b = s.stage + block.n * patch.channels * stage_elements(fprop_rows(p), fprop_cols(p), block, lines) + slack;
     s.c = s.b + whole_panels(plan.tile_n) * block.pixels() + slack;
     s.end = s.c + (patch.depth() + 1) * whole_panels(plan.tile_n) + slack;

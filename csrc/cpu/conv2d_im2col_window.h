@@ -97,17 +97,19 @@ void multiply_window_tile(int64_t channels, int64_t taps, const WindowFilters<ac
       for (int v = 0; v < Vectors; ++v) __builtin_prefetch(to.out + (row + i) * to.out_row + col + v * lanes<T>, 1);
   vec_t<E> sums[Rows][Vectors];
   clear_tile(sums);
-  // Neighbours in A, `piece` of them at a time: all of a row, or the taps of a channel.
-  const bool joined = a.channels == taps;
-  const int64_t depth = channels * taps, piece = joined ? line : taps, step = joined ? line : a.channels;
+  // A's elements, `piece` of them `next` apart: neighbours in a row, one of each channel, or the taps of a channel.
+  const bool joined = a.channels == taps, apart = !joined && taps == 1;
+  const int64_t depth = channels * taps, piece = joined ? line : apart ? depth : taps;
+  const int64_t step = joined ? line : a.channels, next = apart ? a.channels : 1;
   for (int64_t t = 0, first = 0; t < depth; t += piece, first += step) {
-    for (int i = 0; i < Rows; ++i)  // the rows of the next tile: short pieces, far apart, come late otherwise
-      for (int64_t at = 0; at < piece; at += line) __builtin_prefetch(rows[i] + Rows * a.rows + first + at);
-    for (int64_t at = first; at < first + min_of(piece, depth - t); ++at, b += panel_cols<E>) {
+    if (!apart)  // the rows of the next tile: short pieces, far apart, come late otherwise
+      for (int i = 0; i < Rows; ++i)
+        for (int64_t at = 0; at < piece; at += line) __builtin_prefetch(rows[i] + Rows * a.rows + first + at);
+    for (int64_t i = 0, at = first, end = min_of(piece, depth - t); i < end; ++i, at += next, b += panel_cols<E>) {
       vec_t<E> values[Vectors];
 #pragma GCC unroll 2
       for (int v = 0; v < Vectors; ++v) values[v] = load(b + v * lanes<E>);
-      add_products(sums, values, [&](int i) { return broadcast<E>(rows[i][at]); });
+      add_products(sums, values, [&](int row) { return broadcast<E>(rows[row][at]); });
     }
   }
   store_window_tile<T>(sums, to, row, col);

@@ -29,6 +29,8 @@ void plan_gather(const Conv2dProblem& p, Conv2dPlan& plan) {
     fewer_pixels = 48;
     channels = 256;
     depth = 384;
+  } else if (along && phases_at_once(p, plan.direction) > 1) {
+    pixels = fewer_pixels;  // of each phase
   } else if (!along && taps > 1 && !patches_in_place(p, plan.direction)) {
     pixels = fewer_pixels;  // they are packed: no more memory than in place
   }
