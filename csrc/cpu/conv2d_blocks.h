@@ -123,7 +123,7 @@ inline int64_t stage_elements(const Axis& rows, const Axis& cols, const PixelBlo
   return make_strips(rows, block.i).elements() * cols.taps * block.j;
 }
 
-// fprop and dgrad along pixels: whether the planes are read where they lie, not staged.
+// Along pixels: whether the planes are read where they lie, not staged.
 inline bool windows_in_place(const Conv2dProblem& p, Direction direction) {
   return (p.dtype == DType::float32 || p.dtype == DType::float64) && p.layout == Layout::NCHW && p.R * p.S == 1 &&
          p.pad_h == 0 && p.pad_w == 0 && (direction == Direction::dgrad || (p.stride_h == 1 && p.stride_w == 1));
@@ -147,7 +147,7 @@ inline bool patches_in_place(const Conv2dProblem& p, Direction direction) {
 
 // wgrad along pixels: whether the staged rows are joined, each column of the filter having its own copy.
 inline bool joins_rows(int64_t cols) { return cols < 64; }
-// wgrad along channels: whether patches are read where they lie, a vector of a pixel's channels at a time.
+// wgrad along channels: whether patches are read where they lie, a panel of all pixels' channels at a time.
 inline bool reads_pixels(const Conv2dProblem& p) {
   return p.channels_per_group() % 16 == 0 && (p.dtype == DType::float32 || p.dtype == DType::float64);
 }
@@ -199,7 +199,8 @@ inline Scratch wgrad_scratch(const Conv2dProblem& p, const Conv2dPlan& plan) {
     const int64_t line_count = joins_rows(block.j) ? block.n : block.n * block.i;
     s.rows = 2 * patch.depth() * line_count;  // a pointer takes two floats
     s.stage = s.rows + 2 * patch.depth() + slack;
-    s.b = s.stage + block.n * patch.channels * stage_elements(fprop_rows(p), fprop_cols(p), block, lines) + slack;
+    const int64_t planes = windows_in_place(p, plan.direction) ? 0 : block.n * patch.channels;
+    s.b = s.stage + planes * stage_elements(fprop_rows(p), fprop_cols(p), block, lines) + slack;
     s.c = s.b + whole_panels(plan.tile_n) * block.pixels() + slack;
     s.end = s.c + (patch.depth() + 1) * whole_panels(plan.tile_n) + slack;
   } else {
@@ -208,7 +209,7 @@ inline Scratch wgrad_scratch(const Conv2dProblem& p, const Conv2dPlan& plan) {
     s.stage = 2 * taps * plan.tile_k + slack;
     s.a = s.stage + p.channels_per_group() + slack;
     s.b = s.a + (in_place ? 0 : plan.tile_k * plan.tile_m) + slack;
-    s.c = s.b + (in_place ? 0 : whole_panels(plan.tile_n) * (plan.tile_k + 1)) + slack;
+    s.c = s.b + (in_place ? max_panel_cols : whole_panels(plan.tile_n)) * (plan.tile_k + 1) + slack;
     s.end = s.c + plan.tile_m * (whole_panels(plan.tile_n) + 1) + slack;
   }
   return s;

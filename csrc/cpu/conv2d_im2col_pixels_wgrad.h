@@ -103,9 +103,7 @@ void wgrad_pixels(const Conv2dProblem& pr, const Conv2dPlan& plan, const T* dy_d
   const int64_t pixel_blocks = ceil_div(pr.N, block.n) * i_blocks * j_blocks;
   const int64_t c_blocks = ceil_div(cg, patch.channels), tap_blocks = ceil_div(taps, patch.taps);
   const int64_t k_blocks = ceil_div(kg, plan.tile_n);
-  const bool pointwise = taps == 1 && cols.step == 1 && rows.step == 1 && pr.pad_h == 0 && pr.pad_w == 0;
-  // The rows of A are then those of x.
-  const bool in_place = std::is_same_v<T, E> && pr.layout == Layout::NCHW && pointwise;
+  const bool in_place = windows_in_place(pr, plan.direction);  // the rows of A are those of x
   const bool joined = joins_rows(block.j);
   for_each_task(parallel, plan.split * pr.groups * c_blocks * tap_blocks * k_blocks, [&](int worker, int64_t task) {
     const int64_t k0 = task % k_blocks * plan.tile_n, tap0 = task / k_blocks % tap_blocks * patch.taps;
