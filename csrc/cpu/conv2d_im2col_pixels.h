@@ -96,19 +96,13 @@ void pack_filters(const Filters<T>& f, const Axis& rows, const Axis& cols, int64
       }
 }
 
-// Asks for the rows of a plane that a block reads; `whole`: all from the first to the last.
+// Asks for the rows of a plane that a block of neighbouring rows reads.
 template <typename T>
-void prefetch_rows(const T* plane, const Axis& rows, const Strips& strips, int64_t i0, int64_t width, bool whole) {
-  constexpr int64_t step = 64 / int64_t(sizeof(T));
-  for (int64_t strip = 0; strip < strips.count; ++strip) {
-    const int64_t first = strips.origin(rows, strip, i0);
-    const Inside inside = inside_strip(rows, first, strips.length);
-    const T* from = plane + (first + inside.begin * rows.step) * width;
-    const int64_t count = whole ? 1 : inside.end - inside.begin;
-    const int64_t length = whole ? (inside.end - inside.begin) * width : width;
-    for (int64_t i = 0; i < count; ++i, from += rows.step * width)
-      for (int64_t at = 0; at < length; at += step) __builtin_prefetch(from + at);
-  }
+void prefetch_rows(const T* plane, const Axis& rows, const Strips& strips, int64_t i0, int64_t width) {
+  const int64_t first = strips.origin(rows, 0, i0);
+  const Inside inside = inside_strip(rows, first, strips.length);
+  for (int64_t at = (first + inside.begin) * width; at < (first + inside.end) * width; at += 64 / int64_t(sizeof(T)))
+    __builtin_prefetch(plane + at);
 }
 
 // Rows of `width` columns that read the same columns of the source but `shift` further: copied as one, then the borders
@@ -149,13 +143,14 @@ void stage_block(const Images<const T>& source, int64_t n0, int64_t n_count, int
         const T* from = source.at(n0 + n, ch0 + ch, 0, 0);
         acc_t<T>* to = stage + (ch * n_count + n) * plane + s * piece;
         if (source.col == 1) {
-          if (s == 0 && ch + 2 < ch_count && j0 == 0)
-            prefetch_rows(from + 2 * source.channel, rows, row_strips, i0, cols.source, whole_rows);
-          if (whole_rows)
+          const int64_t ahead = s == 0 && ch + 2 < ch_count && j0 == 0 ? 2 * source.channel : 0;
+          if (whole_rows) {
+            if (ahead) prefetch_rows(from + ahead, rows, row_strips, i0, cols.source);
             stage_shifted(from, rows, row_strips.origin(rows, 0, i0), row_strips.length, cols.source,
                           col_strips.origin(shifted, 0, j0), to);
-          else
-            stage_plane(from, rows, row_strips, i0, shifted, col_strips, j0, to);
+          } else {
+            stage_plane(from, rows, row_strips, i0, shifted, col_strips, j0, to, ahead);
+          }
         } else {
           stage_pixels(from, source.col, channels, rows, row_strips, i0, shifted, col_strips, j0, to, n_count * plane);
         }
@@ -354,14 +349,17 @@ void gather_pixels(const Conv2dProblem& pr, const Conv2dPlan& plan, const Gather
                    min_of<int64_t>(plan.tile_m, produced - m0)};
     E* memory = reinterpret_cast<E*>(scratch + worker * plan.scratch_bytes);
     E* c = memory + layout.c;
-    PhaseSums<E> sums[2];
+    PhaseSums<E> sums[2] = {};
     int64_t written = 0;  // columns
     for (int64_t b = 0; b < at_once; ++b) {
       const Gather<T> g = gather_of(phase / phases.cols, phase % phases.cols + b);
       at.i_count = min_of(block.i, g.rows.outputs - i0);
       at.j_count = min_of(block.j, g.cols.outputs - j0);
       if (at.i_count <= 0) return;  // a phase smaller than the largest
-      if (at.j_count <= 0) break;
+      if (at.j_count <= 0) {        // the last column is of the first phase
+        sums[b] = sums[0];
+        break;
+      }
       bool direct;
       sums[b] = gather_phase(pr, plan, g, at, lines, depth_most, filters, memory, c, &direct);
       if (at_once == 1 && !direct) write_sums(pr, g, at, sums[0]);

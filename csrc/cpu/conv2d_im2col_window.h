@@ -86,8 +86,9 @@ void pack_windows(const WindowLine<E>& line, const int64_t* offsets, int64_t dep
 }
 
 template <typename T, int Rows, int Vectors>
-void multiply_window_tile(int64_t channels, int64_t taps, const WindowFilters<acc_t<T>>& a, const acc_t<T>* b,
-                          const WindowOut<T>& to, int64_t row, int64_t col) {
+__attribute__((noinline)) void multiply_window_tile(int64_t channels, int64_t taps, const WindowFilters<acc_t<T>>& a,
+                                                    const acc_t<T>* b, const WindowOut<T>& to, int64_t row,
+                                                    int64_t col) {
   using E = acc_t<T>;
   constexpr int64_t line = 64 / sizeof(E);
   const E* rows[Rows];
