@@ -61,7 +61,8 @@ void multiply_pieces_tile(int64_t pieces, int64_t length, const acc_t<T>* const*
     const E* rows[Rows];
     for (int i = 0; i < Rows; ++i) rows[i] = a[i];
     for (int64_t t = 0; t < length;) {
-      for (int64_t i = 0; i < next; ++i) __builtin_prefetch(a[Rows + i] + t);
+      for (int64_t i = 0; i < next; ++i)
+        __builtin_prefetch(a[Rows + i] + t, 0, 2);  // to L2: in L1 all may have one set
       for (const int64_t end = min_of(length, t + line); t < end; ++t, b += panel_cols<E>) {
         const vec_t<E> values[2] = {load(b), load(b + lanes<E>)};
         add_products(sums, values, [&](int i) { return broadcast<E>(rows[i][t]); });
