@@ -13,6 +13,9 @@ CASES = [
     Case("rows apart", (1, 3, 5, 300), (26, 3, 3, 3), padding=(1, 1)),
     Case("a part of a row", (1, 2, 3, 470), (25, 2, 2, 3), padding=(0, 1)),
     Case("every second pixel", (2, 16, 15, 13), (24, 16, 3, 3), stride=(2, 2), padding=(1, 1)),
+    Case("every second pixel of a part of a row", (1, 5, 4, 461), (30, 5, 3, 3), stride=(2, 2), padding=(1, 1)),
+    Case("every second pixel of one column", (2, 16, 9, 1), (24, 16, 3, 1), stride=(2, 2)),
+    Case("one tap of every second pixel, images joined", (5, 40, 8, 7), (33, 40, 1, 1), stride=(2, 2)),
     Case("every third pixel", (1, 17, 14, 16), (40, 17, 3, 2), stride=(3, 3), padding=(1, 0)),
     Case("one tap of every second pixel", (2, 32, 9, 12), (48, 32, 1, 1), stride=(2, 2)),
     Case("padding wider than the image", (2, 16, 4, 3), (26, 16, 5, 9), padding=(2, 4)),
@@ -22,6 +25,8 @@ CASES = [
     Case("more channels than a block", (2, 1200, 5, 4), (42, 1200, 1, 1)),
     Case("grouped, in place", (2, 64, 9, 10), (96, 32, 3, 3), padding=(1, 1), groups=2),
     Case("sums in pieces", (3, 16, 40, 41), (35, 16, 1, 1)),
+    Case("sums in pieces of many filters", (2, 5, 24, 25), (150, 5, 1, 1)),
+    Case("one tap, padded", (2, 20, 9, 11), (40, 20, 1, 1), padding=(1, 2)),
     Case("wide enough for two blocks of channels", (1, 18, 13, 14), (270, 18, 3, 3), padding=(1, 0)),
 ]
 LAYOUTS = ("contiguous", "channels_last")

@@ -101,7 +101,7 @@ inline bool along_pixels(const Conv2dProblem& p, Direction direction) {
 // fprop and dgrad along pixels multiply vectors of neighbouring pixels, none of which crosses the end of a line:
 //   rows    a line is a row of the output; the taps of a row read one staged copy of it, each from another element on
 //   images  rows are joined: each column of the filter has a staged copy of its own, without what the others read
-//   block   images are joined as well: patches are copied from those once more, unless the filter has one tap only
+//   block   images are joined as well, by copying pieces of theirs into a panel
 enum class Lines { rows, images, block };
 
 // The cheapest in vectors of 16, of which copying one costs as much as a few multiply-adds.
@@ -114,8 +114,8 @@ inline Lines choose_lines(const Axis& rows, const Axis& cols, const PixelBlock& 
   const int64_t shifted = copy_cost * staged_rows * cols.taps * row;
   const int64_t by_images = taps * produced * block.n * image + shifted;
   const int64_t by_block = taps * produced * pieces_of(block.pixels(), vector) + shifted +
-                           (taps > 1 && block.n > 1 ? copy_cost * taps * block.n * image : 0);
-  if (by_rows <= by_images && by_rows <= by_block) return Lines::rows;
+                           (block.n > 1 ? copy_cost * taps * block.n * image : 0);
+  if (taps > 1 && by_rows <= by_images && by_rows <= by_block) return Lines::rows;
   return by_images <= by_block ? Lines::images : Lines::block;
 }
 inline int64_t stage_elements(const Axis& rows, const Axis& cols, const PixelBlock& block, Lines lines) {
@@ -123,11 +123,21 @@ inline int64_t stage_elements(const Axis& rows, const Axis& cols, const PixelBlo
   return make_strips(rows, block.i).elements() * cols.taps * block.j;
 }
 
-// fprop and dgrad along pixels: whether the filters are read where they lie, the taps of a channel being neighbours.
-// For dgrad a channel's filters are far apart, so that there should be a few taps.
+// Along pixels: whether the planes are read where they lie, not staged.
+inline bool windows_in_place(const Conv2dProblem& p, Direction direction) {
+  return (p.dtype == DType::float32 || p.dtype == DType::float64) && p.layout == Layout::NCHW && p.R * p.S == 1 &&
+         p.pad_h == 0 && p.pad_w == 0 && (direction == Direction::dgrad || (p.stride_h == 1 && p.stride_w == 1));
+}
+
+// fprop and dgrad along pixels: whether the filters are read where they lie, every tap being multiplied at once.
 inline bool filters_in_place(const Conv2dProblem& p, Direction direction) {
   return (p.dtype == DType::float32 || p.dtype == DType::float64) && (p.layout == Layout::NCHW || p.R * p.S == 1) &&
-         (direction == Direction::fprop || (p.stride_h == 1 && p.stride_w == 1 && p.R * p.S > 1));
+         (direction == Direction::fprop || (p.stride_h == 1 && p.stride_w == 1) || p.R * p.S == 1);
+}
+
+// dgrad along pixels: two phases that lie in the same rows, in turn, are one task, which writes whole rows.
+inline int64_t phases_at_once(const Conv2dProblem& p, Direction direction) {
+  return direction == Direction::dgrad && p.layout == Layout::NCHW && p.stride_w == 2 && p.W > 1 ? 2 : 1;
 }
 
 // fprop and dgrad along channels: whether patches are read where they lie, in pieces of one pixel's channels.
@@ -137,7 +147,7 @@ inline bool patches_in_place(const Conv2dProblem& p, Direction direction) {
 
 // wgrad along pixels: whether the staged rows are joined, each column of the filter having its own copy.
 inline bool joins_rows(int64_t cols) { return cols < 64; }
-// wgrad along channels: whether patches are read where they lie, a vector of a pixel's channels at a time.
+// wgrad along channels: whether patches are read where they lie, a panel of all pixels' channels at a time.
 inline bool reads_pixels(const Conv2dProblem& p) {
   return p.channels_per_group() % 16 == 0 && (p.dtype == DType::float32 || p.dtype == DType::float64);
 }
@@ -157,13 +167,13 @@ inline Scratch gather_scratch(const Conv2dProblem& p, const Conv2dPlan& plan) {
     const PixelBlock block = gather_block(p.N, rows.outputs, cols.outputs, plan.tile_n);
     const DepthBlock depth = depth_block(contracted_channels(p, plan.direction), rows.taps * cols.taps, plan.tile_k);
     const Lines lines = choose_lines(rows, cols, block, produced_channels(p, plan.direction));
-    const bool packed = lines == Lines::block && block.n > 1 && rows.taps * cols.taps > 1;
+    const int64_t planes = windows_in_place(p, plan.direction) ? 0 : block.n * depth.channels;
     const int64_t line_count = lines == Lines::rows ? block.n * block.i : lines == Lines::images ? block.n : 1;
     const int64_t c_row = line_count * whole_panels(pieces_of(block.pixels(), line_count));
     s.stage = 2 * depth.depth() + slack;  // an int64 takes two floats
-    s.b = s.stage + block.n * depth.channels * stage_elements(rows, cols, block, lines) + slack;
-    s.c = s.b + (packed ? whole_panels(block.pixels()) * depth.depth() : 0) + slack;
-    s.end = s.c + plan.tile_m * c_row + slack;
+    s.b = s.stage + planes * stage_elements(rows, cols, block, lines) + slack;
+    s.c = s.b + max_panel_cols * depth.depth() + slack;
+    s.end = s.c + phases_at_once(p, plan.direction) * plan.tile_m * c_row + slack;
   } else {
     const int64_t contracted = contracted_channels(p, plan.direction);
     const bool in_place = patches_in_place(p, plan.direction);
@@ -187,8 +197,10 @@ inline Scratch wgrad_scratch(const Conv2dProblem& p, const Conv2dPlan& plan) {
     const DepthBlock patch = depth_block(p.channels_per_group(), p.R * p.S, plan.tile_m);
     const Lines lines = joins_rows(block.j) ? Lines::images : Lines::rows;
     const int64_t line_count = joins_rows(block.j) ? block.n : block.n * block.i;
-    s.stage = 2 * patch.depth() * line_count + slack;  // a pointer takes two floats
-    s.b = s.stage + block.n * patch.channels * stage_elements(fprop_rows(p), fprop_cols(p), block, lines) + slack;
+    s.rows = 2 * patch.depth() * line_count;  // a pointer takes two floats
+    s.stage = s.rows + 2 * patch.depth() + slack;
+    const int64_t planes = windows_in_place(p, plan.direction) ? 0 : block.n * patch.channels;
+    s.b = s.stage + planes * stage_elements(fprop_rows(p), fprop_cols(p), block, lines) + slack;
     s.c = s.b + whole_panels(plan.tile_n) * block.pixels() + slack;
     s.end = s.c + (patch.depth() + 1) * whole_panels(plan.tile_n) + slack;
   } else {
@@ -197,7 +209,7 @@ inline Scratch wgrad_scratch(const Conv2dProblem& p, const Conv2dPlan& plan) {
     s.stage = 2 * taps * plan.tile_k + slack;
     s.a = s.stage + p.channels_per_group() + slack;
     s.b = s.a + (in_place ? 0 : plan.tile_k * plan.tile_m) + slack;
-    s.c = s.b + (in_place ? 0 : whole_panels(plan.tile_n) * (plan.tile_k + 1)) + slack;
+    s.c = s.b + (in_place ? max_panel_cols : whole_panels(plan.tile_n)) * (plan.tile_k + 1) + slack;
     s.end = s.c + plan.tile_m * (whole_panels(plan.tile_n) + 1) + slack;
   }
   return s;

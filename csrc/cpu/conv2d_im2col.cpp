@@ -56,9 +56,11 @@ void wgrad(const Conv2dProblem& problem, const Conv2dPlan& plan, const void* dy,
     using T = decltype(element);
     const WgradOut<T> out{(T*)dw, (T*)db, plan.split > 1 ? (acc_t<T>*)workspace : nullptr, problem.w_elements(),
                           problem.K};
-    const auto run = along_pixels(problem, plan.direction) ? wgrad_pixels<T> : wgrad_channels<T>;
+    const bool along = along_pixels(problem, plan.direction);
+    const auto run = along ? wgrad_pixels<T> : wgrad_channels<T>;
     run(problem, plan, (const T*)dy, (const T*)x, out, (char*)scratch, parallel);
-    if (plan.split > 1) add_pieces(out, plan.split, parallel);
+    if (plan.split > 1 && along) add_transposed_pieces(problem, out, plan.split, parallel);
+    if (plan.split > 1 && !along) add_pieces(out, plan.split, parallel);
   });
 }
 

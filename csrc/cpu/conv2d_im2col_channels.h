@@ -271,39 +271,27 @@ void add_rows(const E* a, int64_t pitch, int64_t rows, int64_t cols, E* sums) {
   }
 }
 
-// c[k][col] += Σ_pixel a[pixel·a_col + k] · rows[pixel][channel + col], Rows filters and Vectors of columns
-template <typename E, int Rows, int Vectors>
-void multiply_pixels_tile(int64_t pixels, const E* a, int64_t a_col, const E* const* rows, int64_t channel, E* c,
-                          int64_t c_row) {
-  vec_t<E> sums[Rows][Vectors] = {};
-  for (int64_t pixel = 0; pixel < pixels; ++pixel, a += a_col) {
-    vec_t<E> values[Vectors];
-    for (int v = 0; v < Vectors; ++v) values[v] = load(rows[pixel] + channel + v * lanes<E>);
-    for (int i = 0; i < Rows; ++i) {
-      const vec_t<E> value = broadcast<E>(a[i]);
-      for (int v = 0; v < Vectors; ++v) sums[i][v] += value * values[v];
-    }
+// out[pixel][panel_cols] = `count` channels of each pixel from rows[pixel] + channel on, in whole vectors
+template <typename E>
+void pack_pixels(const E* const* rows, int64_t pixels, int64_t channel, int64_t count, E* out) {
+  constexpr int64_t line = 64 / sizeof(E);
+  for (int64_t pixel = 0; pixel < pixels; ++pixel, out += panel_cols<E>) {
+    const E* from = rows[pixel] + channel;
+    for (int64_t i = 0; i < count; i += line) __builtin_prefetch(from + count + i, 0, 2);  // the next panel, to L2
+    for (int64_t i = 0; i < count; i += lanes<E>) store(out + i, load(from + i));
   }
-  for (int i = 0; i < Rows; ++i, c += c_row)
-    for (int v = 0; v < Vectors; ++v) store(c + v * lanes<E>, load(c + v * lanes<E>) + sums[i][v]);
 }
 
-// Patch elements t0 … t0 + t_count − 1 of all filters; rows: [tap][pixel] from t0's tap on. Vectors don't cross taps.
+// Patch elements t0 … t0 + t_count − 1 of all filters: C[k][t] (+)= Σ_pixel a[pixel·a_col + k] · patch[pixel][t];
+// rows: [tap][pixel] from t0's tap on. Panels don't cross taps.
 template <typename E>
 void multiply_pixels(int64_t filters, int64_t t0, int64_t t_count, int64_t channels, int64_t pixels, const E* a,
-                     int64_t a_col, const E* const* rows, E* c, int64_t c_row) {
-  for (int64_t t = t0; t < t0 + t_count;) {
+                     int64_t a_col, const E* const* rows, E* panel, const TileOut<E>& to) {
+  for (int64_t t = t0, count; t < t0 + t_count; t += count) {
     const int64_t channel = t % channels, left = min_of(channels - channel, t0 + t_count - t);
-    const E* const* tap_rows = rows + (t / channels - t0 / channels) * pixels;
-    E* to = c + t - t0;
-    const bool panel = left >= panel_cols<E>;
-    for_row_tiles(filters, [&](int64_t k, auto height) {
-      if (panel)
-        multiply_pixels_tile<E, height.value, 2>(pixels, a + k, a_col, tap_rows, channel, to + k * c_row, c_row);
-      else
-        multiply_pixels_tile<E, height.value, 1>(pixels, a + k, a_col, tap_rows, channel, to + k * c_row, c_row);
-    });
-    t += panel ? panel_cols<E> : lanes<E>;
+    count = left >= panel_cols<E> ? panel_cols<E> : lanes<E>;
+    pack_pixels(rows + (t / channels - t0 / channels) * pixels, pixels, channel, count, panel);
+    multiply_panel(filters, count, pixels, a, 1, a_col, panel, to, t - t0);
   }
 }
 
@@ -328,8 +316,10 @@ void wgrad_channels(const Conv2dProblem& pr, const Conv2dPlan& plan, const T* dy
     const auto** rows = reinterpret_cast<const E**>(memory);
     E* zeros = memory + layout.stage;
     fill_zero<T>(zeros, p.channels);
-    fill_zero<T>(c, k_count * c_row + k_count);
-    for (int64_t index = piece * pixel_blocks / plan.split; index < (piece + 1) * pixel_blocks / plan.split; ++index) {
+    fill_zero<T>(bias_sums, k_count);
+    const int64_t filter = group * kg + k0;
+    const int64_t first = piece * pixel_blocks / plan.split, end = (piece + 1) * pixel_blocks / plan.split;
+    for (int64_t index = first; index < end; ++index) {
       const int64_t pixel0 = index * plan.tile_k, count = min_of<int64_t>(plan.tile_k, pixels - pixel0);
       const T* dy_rows = dy + pixel0 * pr.K + group * kg + k0;
       const E* a = packed;
@@ -341,19 +331,24 @@ void wgrad_channels(const Conv2dProblem& pr, const Conv2dPlan& plan, const T* dy
         for (int64_t i = 0; i < count; ++i) copy_strided(dy_rows + i * pr.K, 1, packed + i * k_count, k_count);
       }
       const int64_t b_panel = (count + 1) * panel_cols<E>;  // one row more, for what spills from the last
+      TileOut<E> to{c, c_row, index > first ? c : nullptr, c_row};
       if (in_place) {
-        if constexpr (std::is_same_v<T, E>)
+        if constexpr (std::is_same_v<T, E>) {
           find_pieces(p, group, pixel0, count, t0 / p.channels, (t0 + t_count - 1) / p.channels + 1, 0, zeros, rows);
-        multiply_pixels(k_count, t0, t_count, p.channels, count, a, a_col, rows, c, c_row);
+          if (index == end - 1)  // the last product writes to the result: its vectors are whole there
+            out.with_piece(piece, [&](E* dw, E*) { to = {dw + filter * depth + t0, depth, to.add, to.add_row}; });
+          multiply_pixels(k_count, t0, t_count, p.channels, count, a, a_col, rows, b, to);
+        }
       } else {
         pack_patch_panels(p, group, pixel0, count, t0, t0 + t_count, b, b_panel);
-        multiply_block(k_count, panels, count, a, 1, a_col, b, b_panel, c, c_row, true);
+        for (int64_t panel = 0; panel < panels; ++panel)
+          multiply_panel<E>(k_count, panel_cols<E>, count, a, 1, a_col, b + panel * b_panel, to, panel * panel_cols<E>);
       }
       if (t0 == 0) add_rows(a, a_col, count, k_count, bias_sums);
     }
-    const int64_t filter = group * kg + k0;
     out.with_piece(piece, [&](auto* dw, auto* db) {
-      for (int64_t k = 0; k < k_count; ++k) convert_row(c + k * c_row, t_count, dw + (filter + k) * depth + t0);
+      for (int64_t k = 0; k < k_count && !in_place; ++k)
+        convert_row(c + k * c_row, t_count, dw + (filter + k) * depth + t0);
       if (db && t0 == 0) convert_row(bias_sums, k_count, db + filter);
     });
   });

@@ -23,44 +23,49 @@ struct PiecesOut {
 
 template <typename T, int Rows>
 FASTCONV_INLINE void store_pieces_tile(vec_t<T> (&sums)[Rows][2], const PiecesOut<T>& to, int64_t row, int64_t col) {
+  acc_t<T>* c = to.c + row * to.c_row + col;
+  if (to.add) add_tile(sums, c, to.c_row);
+  if (!to.out) return store_tile(sums, c, to.c_row);
+#pragma GCC unroll 2
   for (int v = 0; v < 2; ++v, col += lanes<T>) {
     const int64_t left = to.cols - col;
-    if (to.out && left <= 0) return;
-    vec_t<T> bias{};
-    if (to.out && to.bias) bias = left >= lanes<T> ? load(to.bias + col) : load_first(to.bias + col, left);
+    if (left <= 0) return;
+    const bool whole = left >= lanes<T>;
+    const vec_t<T> bias = !to.bias ? vec_t<T>{} : whole ? load(to.bias + col) : load_first(to.bias + col, left);
+#pragma GCC unroll 6
     for (int i = 0; i < Rows; ++i) {
-      acc_t<T>* c = to.c + (row + i) * to.c_row + col;
-      const vec_t<T> sum = to.add ? load(c) + sums[i][v] : sums[i][v];
-      const vec_t<T> y = to.relu ? relu(sum + bias) : sum + bias;
-      if (!to.out)
-        store(c, sum);
-      else if (left >= lanes<T>)
-        store(to.out + to.out_rows[row + i] + col, y);
+      const vec_t<T> y = to.relu ? relu(sums[i][v] + bias) : sums[i][v] + bias;
+      T* out = to.out + to.out_rows[row + i] + col;
+      if (whole)
+        store(out, y);
       else
-        store_first(to.out + to.out_rows[row + i] + col, y, left);
+        store_first(out, y, left);
     }
   }
 }
 
-// a[piece·a_pieces + row]: where the piece's `length` elements of a row lie
+// a[piece·a_pieces + row]: where the piece's `length` elements of a row lie. next: how many rows of the next tile there
+// are to be asked for.
 template <typename T, int Rows>
 void multiply_pieces_tile(int64_t pieces, int64_t length, const acc_t<T>* const* a, int64_t a_pieces, const acc_t<T>* b,
-                          const PiecesOut<T>& to, int64_t row, int64_t col) {
+                          const PiecesOut<T>& to, int64_t row, int64_t col, int64_t next) {
   using E = acc_t<T>;
+  constexpr int64_t line = 64 / sizeof(E);
   if (to.out)  // so that the stores find their lines
     for (int i = 0; i < Rows; ++i)
       for (int v = 0; v < 2; ++v) __builtin_prefetch(to.out + to.out_rows[row + i] + col + v * lanes<T>, 1);
-  vec_t<E> sums[Rows][2] = {};
+  vec_t<E> sums[Rows][2];
+  clear_tile(sums);
   a += row;
   for (int64_t piece = 0; piece < pieces; ++piece, a += a_pieces) {
     const E* rows[Rows];
     for (int i = 0; i < Rows; ++i) rows[i] = a[i];
-    for (int64_t t = 0; t < length; ++t, b += panel_cols<E>) {
-      const vec_t<E> left = load(b), right = load(b + lanes<E>);
-      for (int i = 0; i < Rows; ++i) {
-        const vec_t<E> value = broadcast<E>(rows[i][t]);
-        sums[i][0] += value * left;
-        sums[i][1] += value * right;
+    for (int64_t t = 0; t < length;) {
+      for (int64_t i = 0; i < next; ++i)
+        __builtin_prefetch(a[Rows + i] + t, 0, 2);  // to L2: in L1 all may have one set
+      for (const int64_t end = min_of(length, t + line); t < end; ++t, b += panel_cols<E>) {
+        const vec_t<E> values[2] = {load(b), load(b + lanes<E>)};
+        add_products(sums, values, [&](int i) { return broadcast<E>(rows[i][t]); });
       }
     }
   }
@@ -72,7 +77,8 @@ void multiply_pieces(int64_t rows, int64_t panels, int64_t pieces, int64_t lengt
                      int64_t a_pieces, const acc_t<T>* b, int64_t b_panel, const PiecesOut<T>& to) {
   for (int64_t panel = 0; panel < panels; ++panel, b += b_panel)
     for_row_tiles(rows, [&](int64_t row, auto height) {
-      multiply_pieces_tile<T, height.value>(pieces, length, a, a_pieces, b, to, row, panel * panel_cols<acc_t<T>>);
+      multiply_pieces_tile<T, height.value>(pieces, length, a, a_pieces, b, to, row, panel * panel_cols<acc_t<T>>,
+                                            min_of<int64_t>(height.value, rows - row - height.value));
     });
 }
 

@@ -3,8 +3,8 @@
 //   C[channel][pixel] = Σ_t weights[channel][t] · patch[t][pixel]     t = (contracted channel, tap)
 //
 // A task computes a block of pixels × channels. For each block of depth it stages the planes that the pixels read, with
-// their padding, and multiplies: a row of patches is a piece of a staged plane, so that nothing else is copied, save
-// for small images (Lines in conv2d_blocks.h).
+// their padding, unless the filter is one tap that reads them as they are, and multiplies: a row of patches is a piece
+// of a plane.
 #pragma once
 
 #include "conv2d_blocks.h"
@@ -46,6 +46,12 @@ Filters<T> filters(const T* w, const Conv2dProblem& p, Direction direction) {
   return {w, p.filters_per_group() * k, c, k, r, s};
 }
 
+// A block of a task: images, rows and columns of a phase's outputs, and channels of a group.
+struct GatherBlock {
+  int64_t n0, n_count, i0, i_count, j0, j_count;
+  int64_t group, m0, m_count;
+};
+
 // fprop, or one phase of dgrad: out[n][m] = bias[m] + Σ over the channels and taps of m's group.
 template <typename T>
 struct Gather {
@@ -58,6 +64,11 @@ struct Gather {
   Images<T> out;
 
   int64_t taps() const { return rows.taps * cols.taps; }
+  // Row i of image n of channel m of a block.
+  T* out_at(const GatherBlock& at, int64_t n, int64_t i, int64_t m) const {
+    return out.at(at.n0 + n, at.group * produced + at.m0 + m, rows.out_first + (at.i0 + i) * rows.out_step,
+                  cols.out_first + at.j0 * cols.out_step);
+  }
 };
 
 // out[m][ch][tap] of the taps of `rows` and `cols`, of filters m0 … m0 + m_count − 1
@@ -65,6 +76,7 @@ template <typename T>
 void pack_filters(const Filters<T>& f, const Axis& rows, const Axis& cols, int64_t group, int64_t m0, int64_t m_count,
                   int64_t channels, acc_t<T>* out) {
   const int64_t taps = rows.taps * cols.taps;
+  if (taps == 0) return;
   const bool whole = f.s == 1 && f.r == cols.taps && rows.filter_step == 1 && cols.filter_step == 1;
   const T* first = f.data + group * f.group + rows.filter_first * f.r + cols.filter_first * f.s;
   if (taps == 1 && f.m == 1) return transpose(first + m0, f.channel, channels, m_count, out, channels);
@@ -84,19 +96,13 @@ void pack_filters(const Filters<T>& f, const Axis& rows, const Axis& cols, int64
       }
 }
 
-// Asks for the rows of a plane that a block reads; `whole`: all from the first to the last.
+// Asks for the rows of a plane that a block of neighbouring rows reads.
 template <typename T>
-void prefetch_rows(const T* plane, const Axis& rows, const Strips& strips, int64_t i0, int64_t width, bool whole) {
-  constexpr int64_t step = 64 / int64_t(sizeof(T));
-  for (int64_t strip = 0; strip < strips.count; ++strip) {
-    const int64_t first = strips.origin(rows, strip, i0);
-    const Inside inside = inside_strip(rows, first, strips.length);
-    const T* from = plane + (first + inside.begin * rows.step) * width;
-    const int64_t count = whole ? 1 : inside.end - inside.begin;
-    const int64_t length = whole ? (inside.end - inside.begin) * width : width;
-    for (int64_t i = 0; i < count; ++i, from += rows.step * width)
-      for (int64_t at = 0; at < length; at += step) __builtin_prefetch(from + at);
-  }
+void prefetch_rows(const T* plane, const Axis& rows, const Strips& strips, int64_t i0, int64_t width) {
+  const int64_t first = strips.origin(rows, 0, i0);
+  const Inside inside = inside_strip(rows, first, strips.length);
+  for (int64_t at = (first + inside.begin) * width; at < (first + inside.end) * width; at += 64 / int64_t(sizeof(T)))
+    __builtin_prefetch(plane + at);
 }
 
 // Rows of `width` columns that read the same columns of the source but `shift` further: copied as one, then the borders
@@ -137,42 +143,19 @@ void stage_block(const Images<const T>& source, int64_t n0, int64_t n_count, int
         const T* from = source.at(n0 + n, ch0 + ch, 0, 0);
         acc_t<T>* to = stage + (ch * n_count + n) * plane + s * piece;
         if (source.col == 1) {
-          if (s == 0 && ch + 2 < ch_count && j0 == 0)
-            prefetch_rows(from + 2 * source.channel, rows, row_strips, i0, cols.source, whole_rows);
-          if (whole_rows)
+          const int64_t ahead = s == 0 && ch + 2 < ch_count && j0 == 0 ? 2 * source.channel : 0;
+          if (whole_rows) {
+            if (ahead) prefetch_rows(from + ahead, rows, row_strips, i0, cols.source);
             stage_shifted(from, rows, row_strips.origin(rows, 0, i0), row_strips.length, cols.source,
                           col_strips.origin(shifted, 0, j0), to);
-          else
-            stage_plane(from, rows, row_strips, i0, shifted, col_strips, j0, to);
+          } else {
+            stage_plane(from, rows, row_strips, i0, shifted, col_strips, j0, to, ahead);
+          }
         } else {
           stage_pixels(from, source.col, channels, rows, row_strips, i0, shifted, col_strips, j0, to, n_count * plane);
         }
       }
 }
-
-// out[t][n·line + pixel] = planes[n·plane + offsets[t] + pixel]: the images of a block, joined.
-template <typename E>
-void join_images(const E* planes, int64_t plane, int64_t n_count, int64_t line, const int64_t* offsets, int64_t depth,
-                 int64_t pitch, E* out) {
-  for (int64_t t = 0; t < depth; ++t, out += pitch)
-    for (int64_t n = 0; n < n_count; ++n)  // vectors spill into what is written next
-      for (int64_t i = 0; i < line; i += lanes<E>) store(out + n * line + i, load(planes + n * plane + offsets[t] + i));
-}
-
-// out[2·j] = v[j], j < count. What lies between may be another task's.
-template <typename T>
-FASTCONV_INLINE void store_even(T* out, vec_t<T> v, int64_t count) {
-  for (int64_t j = 0; j < count; ++j) out[2 * j] = from_acc<T>(v[j]);
-}
-#if defined(__AVX512F__)
-FASTCONV_INLINE void store_even(float* out, vec_t<float> v, int64_t count) {
-  const vec_t<float> low = shuffle<float, 0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7>(v, v);
-  const vec_t<float> high = shuffle<float, 8, 8, 9, 9, 10, 10, 11, 11, 12, 12, 13, 13, 14, 14, 15, 15>(v, v);
-  const uint32_t mask = uint32_t(0x55555555 & ((uint64_t(1) << 2 * count) - 1));
-  _mm512_mask_storeu_ps(out, __mmask16(mask), (__m512)low);
-  _mm512_mask_storeu_ps(out + lanes<float>, __mmask16(mask >> 16), (__m512)high);
-}
-#endif
 
 // out[j·step] = values[j] + bias, or ReLU of it
 template <typename T>
@@ -185,12 +168,154 @@ FASTCONV_INLINE void write_row(const acc_t<T>* values, int64_t count, acc_t<T> b
       store(out + j, v);
     else if (step == 1)
       store_first(out + j, v, left);
-    else if (step == 2)
-      store_even(out + 2 * j, v, min_of<int64_t>(left, lanes<T>));
     else
       for (int64_t lane = 0; lane < min_of<int64_t>(left, lanes<T>); ++lane)
         out[(j + lane) * step] = from_acc<T>(v[lane]);
   }
+}
+
+template <typename E, int... J>
+FASTCONV_INLINE void interleave(vec_t<E> even, vec_t<E> odd, vec_t<E>* out, std::integer_sequence<int, J...>) {
+  out[0] = shuffle<E, (J / 2 + J % 2 * lanes<E>)...>(even, odd);
+  out[1] = shuffle<E, (lanes<E> / 2 + J / 2 + J % 2 * lanes<E>)...>(even, odd);
+}
+
+// out[2·j] = even[j], out[2·j + 1] = odd[j], `count` of both together
+template <typename T>
+FASTCONV_INLINE void write_interleaved(const acc_t<T>* even, const acc_t<T>* odd, int64_t count, T* out) {
+  constexpr int64_t width = lanes<T>;
+  for (int64_t i = 0; i < count; i += 2 * width, even += width, odd += width) {
+    vec_t<T> v[2];
+    interleave<acc_t<T>>(load(even), load(odd), v, std::make_integer_sequence<int, lanes<T>>());
+    for (int64_t half = 0; half < 2 && i + half * width < count; ++half) {
+      const int64_t left = count - i - half * width;
+      if (left >= width)
+        store(out + i + half * width, v[half]);
+      else
+        store_first(out + i + half * width, v[half], left);
+    }
+  }
+}
+
+// The sums of a phase: row i of image n, of channel m.
+template <typename E>
+struct PhaseSums {
+  E* data;
+  int64_t n, i, m;
+  E* at(int64_t image, int64_t row, int64_t channel) const { return data + image * n + row * i + channel * m; }
+};
+
+// The sums of a block in c, or where `direct` is set, the result itself. memory: as gather_scratch lays it out.
+template <typename T>
+PhaseSums<acc_t<T>> gather_phase(const Conv2dProblem& pr, const Conv2dPlan& plan, const Gather<T>& g,
+                                 const GatherBlock& at, Lines lines, const DepthBlock& depth_most,
+                                 const acc_t<T>* filters, acc_t<T>* memory, acc_t<T>* c, bool* direct) {
+  using E = acc_t<T>;
+  const Axis &rows = g.rows, &cols = g.cols;
+  const Scratch layout = gather_scratch(pr, plan);
+  auto* offsets = reinterpret_cast<int64_t*>(memory);
+  E *stage = memory + layout.stage, *panel = memory + layout.b;
+  const int64_t taps = g.taps(), depth_taps = min_of<int64_t>(max_of<int64_t>(taps, 1), depth_most.taps);
+  const bool by_rows = lines == Lines::rows, joined = lines == Lines::block;
+  const bool in_place = windows_in_place(pr, plan.direction);
+  const Strips row_strips = make_strips(rows, at.i_count);
+  const Strips col_strips = by_rows ? make_strips(cols, at.j_count) : Strips{1, at.j_count, 0, 0};
+  const int64_t pieces = by_rows ? 1 : cols.taps, piece = row_strips.elements() * col_strips.elements();
+  const int64_t plane = pieces * piece, channel_pitch = in_place ? g.source.channel : at.n_count * plane;
+  const auto tap_offset = [&](int64_t tap) {
+    const int64_t s = tap % cols.taps;
+    return row_strips.offset(tap / cols.taps) * col_strips.elements() + (by_rows ? col_strips.offset(s) : s * piece);
+  };
+
+  const int64_t line_rows = by_rows ? 1 : at.i_count, image_lines = at.i_count / line_rows;
+  const int64_t image = line_rows * at.j_count, line_count = joined ? 1 : at.n_count * image_lines;
+  const int64_t line = joined ? at.n_count * image : image;
+  const int64_t line_pitch = ceil_div(line, lanes<E>) * lanes<E>, c_row = line_count * line_pitch;
+  // The last product writes to the result: a line's pixels are neighbours there.
+  *direct = pr.layout == Layout::NCHW && taps * g.channels > 0 && cols.out_step == 1 &&
+            (line_rows == 1 || (rows.out_step == 1 && at.j_count == cols.outputs)) && (!joined || at.n_count == 1);
+  if (taps * g.channels == 0) fill_zero<T>(c, at.m_count * c_row);
+
+  for (int64_t ch0 = 0; ch0 < g.channels && taps > 0; ch0 += depth_most.channels) {
+    const int64_t ch_count = min_of(depth_most.channels, g.channels - ch0);
+    if (!in_place)
+      stage_block<T>(g.source, at.n0, at.n_count, at.group * g.channels + ch0, ch_count, rows, row_strips, at.i0, cols,
+                     col_strips, at.j0, pieces, stage);
+    for (int64_t tap0 = 0; tap0 < taps; tap0 += depth_taps) {
+      const int64_t tap_count = min_of(depth_taps, taps - tap0);
+      for (int64_t tap = 0; tap < tap_count; ++tap)
+        for (int64_t ch = 0, from = in_place ? 0 : tap_offset(tap0 + tap); ch < ch_count; ++ch, from += channel_pitch)
+          offsets[ch * tap_count + tap] = from;
+      const bool last = ch0 + ch_count == g.channels && tap0 + tap_count == taps;
+      WindowFilters<E> a{filters + g.filters, g.channels * taps, taps};
+      const int64_t filter_group = g.produced * a.rows;                                  // in either order
+      if (plan.direction == Direction::dgrad && filters_in_place(pr, plan.direction)) {  // w[contracted][produced][tap]
+        a.rows = taps;
+        a.channels = g.produced * taps;
+      }
+      a.data += at.group * filter_group + at.m0 * a.rows + ch0 * a.channels + tap0;
+      for (int64_t index = 0; index < line_count; ++index) {
+        const int64_t n = index / image_lines, i = index % image_lines;
+        WindowLine<E> windows{stage + n * plane + i * col_strips.elements(), image, plane, line};
+        if constexpr (std::is_same_v<T, E>) {
+          if (in_place)
+            windows = {g.source.at(at.n0 + n, at.group * g.channels + ch0, at.i0 + i, at.j0), image, g.source.n, line};
+        }
+        const WindowOut<T> to{c + index * line_pitch,
+                              c_row,
+                              ch0 + tap0 > 0,
+                              *direct && last ? g.out_at(at, n, i, 0) : nullptr,
+                              g.out.channel,
+                              line,
+                              g.bias ? g.bias + at.group * g.produced + at.m0 : nullptr,
+                              pr.relu};
+        multiply_windows<T>(at.m_count, windows, ch_count, tap_count, a, offsets, panel, to);
+      }
+    }
+  }
+  return {c, by_rows ? at.i_count * line_pitch : joined ? image : line_pitch, by_rows ? line_pitch : at.j_count, c_row};
+}
+
+// Writes a block with its bias and ReLU.
+template <typename T>
+void write_sums(const Conv2dProblem& pr, const Gather<T>& g, const GatherBlock& at, const PhaseSums<acc_t<T>>& sums) {
+  using E = acc_t<T>;
+  const T* bias = g.bias ? g.bias + at.group * g.produced + at.m0 : nullptr;
+  if (g.out.channel == 1) {
+    if (bias || pr.relu)
+      for (int64_t m = 0; m < at.m_count; ++m)
+        for (int64_t i = 0; i < sums.m; i += lanes<E>) {
+          E* values = sums.data + m * sums.m + i;
+          const vec_t<E> v = load(values) + broadcast<E>(bias ? to_acc(bias[m]) : 0);
+          store(values, pr.relu ? relu(v) : v);
+        }
+    for (int64_t n = 0; n < at.n_count; ++n)
+      for (int64_t i = 0; i < at.i_count; ++i)
+        transpose(sums.at(n, i, 0), sums.m, at.m_count, at.j_count, g.out_at(at, n, i, 0), g.cols.out_step * g.out.col);
+    return;
+  }
+  // Rows that are neighbours in C and in the result.
+  const bool neighbours =
+      sums.i == at.j_count && g.rows.out_step == 1 && g.cols.out_step == 1 && at.j_count == g.cols.outputs;
+  const int64_t rows_at_once = neighbours ? at.i_count : 1;
+  for (int64_t m = 0; m < at.m_count; ++m)
+    for (int64_t n = 0; n < at.n_count; ++n)
+      for (int64_t i = 0; i < at.i_count; i += rows_at_once)
+        write_row(sums.at(n, i, m), rows_at_once * at.j_count, bias ? to_acc(bias[m]) : 0, pr.relu,
+                  g.out_at(at, n, i, m), g.cols.out_step);
+}
+
+// Writes a block of two phases whose columns alternate.
+template <typename T>
+void write_phases(const Gather<T>& g, const GatherBlock& at, int64_t cols, const PhaseSums<acc_t<T>>* sums) {
+  for (int64_t m = 0; m < at.m_count; ++m)
+    for (int64_t n = 0; n < at.n_count; ++n)
+      for (int64_t i = 0; i < at.i_count; ++i) {
+        T* out = g.out_at(at, n, i, m);
+        for (int64_t col = 0; col < cols; col += 64 / int64_t(sizeof(T)))  // so that the stores find their lines
+          __builtin_prefetch(out + g.out.channel + col, 1);
+        write_interleaved(sums[0].at(n, i, m), sums[1].at(n, i, m), cols, out);
+      }
 }
 
 // fprop, or all phases of dgrad: gather_of(a, b) describes one. They are tasks of one parallel region.
@@ -198,121 +323,50 @@ template <typename T, typename GatherOf>
 void gather_pixels(const Conv2dProblem& pr, const Conv2dPlan& plan, const GatherOf& gather_of, const acc_t<T>* filters,
                    char* scratch, const Parallel& parallel) {
   using E = acc_t<T>;
-  const Direction direction = plan.direction;
-  const Phases phases = phases_of(pr, direction);
+  const Phases phases = phases_of(pr, plan.direction);
   const Axis &most_rows = phases.largest_rows, &most_cols = phases.largest_cols;
   const int64_t channels = contracted_channels(pr, plan.direction), produced = produced_channels(pr, plan.direction);
   const PixelBlock block = gather_block(pr.N, most_rows.outputs, most_cols.outputs, plan.tile_n);
   const DepthBlock depth_most = depth_block(channels, most_rows.taps * most_cols.taps, plan.tile_k);
   const Lines lines = choose_lines(most_rows, most_cols, block, produced);
   const Scratch layout = gather_scratch(pr, plan);
+  const int64_t at_once = phases_at_once(pr, plan.direction);
   const int64_t n_blocks = ceil_div(pr.N, block.n), m_blocks = ceil_div(produced, plan.tile_m);
   const int64_t i_blocks = ceil_div(most_rows.outputs, block.i), j_blocks = ceil_div(most_cols.outputs, block.j);
   const int64_t phase_tasks = n_blocks * i_blocks * j_blocks * pr.groups * m_blocks;
-  for_each_task(parallel, phases.rows * phases.cols * phase_tasks, [&](int worker, int64_t task) {
-    const int64_t phase = task / phase_tasks, pixel_task = task % phase_tasks / m_blocks / pr.groups;
-    const int64_t m0 = task % m_blocks * plan.tile_m, group = task / m_blocks % pr.groups;
-    const int64_t j0 = pixel_task % j_blocks * block.j, i0 = pixel_task / j_blocks % i_blocks * block.i;
-    const int64_t n0 = pixel_task / j_blocks / i_blocks * block.n;
-    const Gather<T> g = gather_of(phase / phases.cols, phase % phases.cols);
-    const Axis &rows = g.rows, &cols = g.cols;
-    if (i0 >= rows.outputs || j0 >= cols.outputs) return;  // a phase smaller than the largest
-    const int64_t taps = g.taps(), depth_taps = min_of<int64_t>(max_of<int64_t>(taps, 1), depth_most.taps);
-    const int64_t m_count = min_of<int64_t>(plan.tile_m, g.produced - m0), n_count = min_of(block.n, g.N - n0);
-    const int64_t i_count = min_of(block.i, rows.outputs - i0), j_count = min_of(block.j, cols.outputs - j0);
-
-    char* memory = scratch + worker * plan.scratch_bytes;
-    auto* offsets = reinterpret_cast<int64_t*>(memory);
-    E *stage = reinterpret_cast<E*>(memory) + layout.stage, *b = reinterpret_cast<E*>(memory) + layout.b;
-    E* c = reinterpret_cast<E*>(memory) + layout.c;
-    const bool by_rows = lines == Lines::rows;
-    const Strips row_strips = make_strips(rows, i_count);
-    const Strips col_strips = by_rows ? make_strips(cols, j_count) : Strips{1, j_count, 0, 0};
-    const int64_t pieces = by_rows ? 1 : cols.taps, piece = row_strips.elements() * col_strips.elements();
-    const int64_t plane = pieces * piece;
-    const auto tap_offset = [&](int64_t tap) {
-      const int64_t s = tap % cols.taps;
-      return row_strips.offset(tap / cols.taps) * col_strips.elements() + (by_rows ? col_strips.offset(s) : s * piece);
-    };
-
-    const bool joined = lines == Lines::block, packed = joined && taps > 1 && n_count > 1;
-    const int64_t line_rows = by_rows ? 1 : i_count, image_lines = i_count / line_rows;
-    const int64_t line_count = joined ? 1 : n_count * image_lines, line = n_count * i_count * j_count / line_count;
-    const int64_t line_pitch = ceil_div(line, lanes<E>) * lanes<E>, c_row = line_count * line_pitch;
-    // The last product writes to the result: a line's pixels are neighbours there.
-    const bool direct = pr.layout == Layout::NCHW && taps * g.channels > 0 && cols.out_step == 1 &&
-                        (line_rows == 1 || (rows.out_step == 1 && j_count == cols.outputs)) &&
-                        (!joined || n_count == 1);
-    const auto out_at = [&](int64_t n, int64_t i, int64_t m) {
-      return g.out.at(n0 + n, group * g.produced + m0 + m, rows.out_first + (i0 + i) * rows.out_step,
-                      cols.out_first + j0 * cols.out_step);
-    };
-    const auto c_at = [&](int64_t n, int64_t i) {  // a row of pixels
-      if (by_rows) return c + (n * i_count + i) * line_pitch;
-      return c + (joined ? n * i_count * j_count : n * line_pitch) + i * j_count;
-    };
-    if (taps * g.channels == 0) fill_zero<T>(c, m_count * c_row);
-
-    for (int64_t ch0 = 0; ch0 < g.channels && taps > 0; ch0 += depth_most.channels) {
-      const int64_t ch_count = min_of(depth_most.channels, g.channels - ch0);
-      stage_block<T>(g.source, n0, n_count, group * g.channels + ch0, ch_count, rows, row_strips, i0, cols, col_strips,
-                     j0, pieces, stage);
-      for (int64_t tap0 = 0; tap0 < taps; tap0 += depth_taps) {
-        const int64_t tap_count = min_of(depth_taps, taps - tap0), depth = ch_count * tap_count;
-        for (int64_t tap = 0; tap < tap_count; ++tap)
-          for (int64_t ch = 0, at = tap_offset(tap0 + tap); ch < ch_count; ++ch, at += n_count * plane)
-            offsets[ch * tap_count + tap] = at;
-        if (packed) {
-          join_images(stage, plane, n_count, i_count * j_count, offsets, depth, line_pitch, b);
-          for (int64_t t = 0; t < depth; ++t) offsets[t] = t * line_pitch;
-        }
-        const bool last = ch0 + ch_count == g.channels && tap0 + tap_count == taps;
-        WindowFilters<E> a{filters + g.filters, g.channels * taps, taps};
-        const int64_t filter_group = g.produced * a.rows;                        // in either order
-        if (direction == Direction::dgrad && filters_in_place(pr, direction)) {  // w[contracted][produced][tap]
-          a.rows = taps;
-          a.channels = g.produced * taps;
-        }
-        a.data += group * filter_group + m0 * a.rows + ch0 * a.channels + tap0;
-        for (int64_t at = 0; at < line_count; ++at) {
-          const int64_t n = at / image_lines, i = at % image_lines;
-          const WindowOut<T> to{c + at * line_pitch,
-                                c_row,
-                                ch0 + tap0 > 0,
-                                direct && last ? out_at(n, i, 0) : nullptr,
-                                g.out.channel,
-                                line,
-                                g.bias ? g.bias + group * g.produced + m0 : nullptr,
-                                pr.relu};
-          multiply_windows<T>(m_count, line, ch_count, tap_count, a,
-                              packed ? b : stage + n * plane + i * col_strips.elements(), offsets, to);
-        }
+  for_each_task(parallel, phases.rows * phases.cols / at_once * phase_tasks, [&](int worker, int64_t task) {
+    const int64_t phase = task / phase_tasks * at_once, pixel_task = task % phase_tasks / m_blocks / pr.groups;
+    const int64_t m0 = task % m_blocks * plan.tile_m, i0 = pixel_task / j_blocks % i_blocks * block.i;
+    const int64_t j0 = pixel_task % j_blocks * block.j, n0 = pixel_task / j_blocks / i_blocks * block.n;
+    GatherBlock at{n0,
+                   min_of(block.n, pr.N - n0),
+                   i0,
+                   0,
+                   j0,
+                   0,
+                   task / m_blocks % pr.groups,
+                   m0,
+                   min_of<int64_t>(plan.tile_m, produced - m0)};
+    E* memory = reinterpret_cast<E*>(scratch + worker * plan.scratch_bytes);
+    E* c = memory + layout.c;
+    PhaseSums<E> sums[2] = {};
+    int64_t written = 0;  // columns
+    for (int64_t b = 0; b < at_once; ++b) {
+      const Gather<T> g = gather_of(phase / phases.cols, phase % phases.cols + b);
+      at.i_count = min_of(block.i, g.rows.outputs - i0);
+      at.j_count = min_of(block.j, g.cols.outputs - j0);
+      if (at.i_count <= 0) return;  // a phase smaller than the largest
+      if (at.j_count <= 0) {        // the last column is of the first phase
+        sums[b] = sums[0];
+        break;
       }
+      bool direct;
+      sums[b] = gather_phase(pr, plan, g, at, lines, depth_most, filters, memory, c, &direct);
+      if (at_once == 1 && !direct) write_sums(pr, g, at, sums[0]);
+      written += at.j_count;
+      c += at.m_count * sums[b].m;
     }
-    if (direct) return;
-
-    // Rows that are neighbours in C and in the result.
-    const bool neighbours = !by_rows && rows.out_step == 1 && cols.out_step == 1 && j_count == cols.outputs;
-    const int64_t rows_at_once = neighbours ? i_count : 1;
-    for (int64_t m = 0; m < m_count; ++m) {
-      const E bias = g.bias ? to_acc(g.bias[group * g.produced + m0 + m]) : 0;
-      E* values = c + m * c_row;
-      if (g.out.channel == 1) {
-        if (g.bias || pr.relu)
-          for (int64_t at = 0; at < c_row; at += lanes<E>) {
-            const vec_t<E> v = load(values + at) + broadcast<E>(bias);
-            store(values + at, pr.relu ? relu(v) : v);
-          }
-        continue;
-      }
-      for (int64_t n = 0; n < n_count; ++n)
-        for (int64_t i = 0; i < i_count; i += rows_at_once)
-          write_row(c_at(n, i) + m * c_row, rows_at_once * j_count, bias, pr.relu, out_at(n, i, m), cols.out_step);
-    }
-    if (g.out.channel == 1)
-      for (int64_t n = 0; n < n_count; ++n)
-        for (int64_t i = 0; i < i_count; ++i)
-          transpose(c_at(n, i), c_row, m_count, j_count, out_at(n, i, 0), cols.out_step * g.out.col);
+    if (at_once > 1) write_phases(gather_of(phase / phases.cols, phase % phases.cols), at, written, sums);
   });
 }
 

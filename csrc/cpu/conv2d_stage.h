@@ -36,10 +36,18 @@ FASTCONV_INLINE void copy_strided(const T* source, int64_t step, acc_t<T>* out, 
       store_first(out + i, rest, count - i);
     return;
   }
-  if (step == 2)  // the second load reads one element past the last one that is needed
-    for (; i + lanes<T> < count; i += lanes<T>)
-      store(out + i, even_lanes<acc_t<T>>(load(source + 2 * i), load(source + 2 * i + lanes<T>),
-                                          std::make_integer_sequence<int, lanes<T>>()));
+  if (step == 2) {
+    constexpr std::make_integer_sequence<int, lanes<T>> all;
+    for (; i + lanes<T> < count; i += lanes<T>)  // the second load reads one element past the last one that is needed
+      store(out + i, even_lanes<acc_t<T>>(load(source + 2 * i), load(source + 2 * i + lanes<T>), all));
+    if (Spill && i < count) {
+      const int64_t left = 2 * (count - i) - 1;  // elements from the next one to the last one
+      const vec_t<T> low = load_first(source + 2 * i, min_of<int64_t>(left, lanes<T>));
+      const vec_t<T> high = left > lanes<T> ? load_first(source + 2 * i + lanes<T>, left - lanes<T>) : vec_t<T>{};
+      store(out + i, even_lanes<acc_t<T>>(low, high, all));
+      return;
+    }
+  }
   for (; i < count; ++i) out[i] = to_acc(source[i * step]);
 }
 
@@ -54,10 +62,10 @@ FASTCONV_INLINE Inside inside_strip(const Axis& axis, int64_t first, int64_t len
 }
 
 // out[row strip][row][col strip][col]: what the outputs from (i0, j0) on read of a plane. Vectors spill into what is
-// written next, and past the end.
+// written next, and past the end. The same rows `ahead` elements further are asked for, unless that is 0.
 template <typename T>
 void stage_plane(const T* plane, const Axis& rows, const Strips& row_strips, int64_t i0, const Axis& cols,
-                 const Strips& col_strips, int64_t j0, acc_t<T>* out) {
+                 const Strips& col_strips, int64_t j0, acc_t<T>* out, int64_t ahead = 0) {
   const auto zero = [](acc_t<T>* to, int64_t count) {
     for (int64_t i = 0; i < count; i += lanes<T>) store(to + i, vec_t<T>{});
   };
@@ -66,6 +74,9 @@ void stage_plane(const T* plane, const Axis& rows, const Strips& row_strips, int
   for (int64_t a = 0; a < row_strips.count; ++a) {
     int64_t row = row_strips.origin(rows, a, i0);
     for (int64_t i = 0; i < row_strips.length; ++i, row += rows.step) {
+      if (ahead && row >= 0 && row < rows.source)
+        for (int64_t at = 0; at < cols.source; at += 64 / int64_t(sizeof(T)))
+          __builtin_prefetch(plane + ahead + row * cols.source + at);
       for (int64_t b = 0; b < col_strips.count; ++b, out += col_strips.length) {
         if (row < 0 || row >= rows.source) {
           zero(out, col_strips.length);

@@ -2,8 +2,9 @@
 //
 // A is read in place, by strides: a[i·a_row + t·a_col]. B is packed into panels, b[panel][t][panel_cols], so that the
 // inner loop reads whole vectors at consecutive addresses; columns past N may hold anything and yield columns of C that
-// nobody reads. C has rows of whole panels. A tile of C, 6 rows × 2 vectors, stays in registers over the whole depth:
-// 12 independent chains of multiply-adds, enough to hide their latency, for 2 vector loads and 6 broadcasts.
+// nobody reads. A panel is multiplied by all rows of A, which come from L2, while it stays in L1. A tile of C, 6 rows ×
+// 2 vectors, stays in registers over the whole depth: 12 independent chains of multiply-adds, enough to hide their
+// latency, for 2 vector loads and 6 broadcasts.
 #pragma once
 
 #include <type_traits>
@@ -17,30 +18,70 @@ constexpr int tile_rows = 6;
 template <typename E>
 constexpr int panel_cols = 2 * lanes<E>;
 
-// C (+)= sums
-template <typename E, int Rows>
-FASTCONV_INLINE void store_tile(vec_t<E> (&sums)[Rows][2], E* c, int64_t c_row, bool add) {
-  for (int i = 0; i < Rows; ++i, c += c_row) {
-    store(c, add ? load(c) + sums[i][0] : sums[i][0]);
-    store(c + lanes<E>, add ? load(c + lanes<E>) + sums[i][1] : sums[i][1]);
+// The loops over a tile are unrolled by pragma, early: otherwise the compiler keeps its sums in memory before and after
+// the loop over the depth.
+
+// sums = 0
+template <typename V, int Rows, int Vectors>
+FASTCONV_INLINE void clear_tile(V (&sums)[Rows][Vectors]) {
+#pragma GCC unroll 6
+  for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 2
+    for (int v = 0; v < Vectors; ++v) sums[i][v] = V{};
+}
+
+// sums[i] += value of row i · values
+template <typename V, int Rows, int Vectors, typename Value>
+FASTCONV_INLINE void add_products(V (&sums)[Rows][Vectors], const V (&values)[Vectors], const Value& value_of) {
+#pragma GCC unroll 6
+  for (int i = 0; i < Rows; ++i) {
+    const V value = value_of(i);
+#pragma GCC unroll 2
+    for (int v = 0; v < Vectors; ++v) sums[i][v] += value * values[v];
   }
 }
 
-// Rows rows of C, one panel wide.
-template <typename E, int Rows>
-void multiply_tile(int64_t depth, const E* a, int64_t a_row, int64_t a_col, const E* b, E* c, int64_t c_row, bool add) {
-  const E* rows[Rows];
-  for (int i = 0; i < Rows; ++i) rows[i] = a + i * a_row;
-  vec_t<E> sums[Rows][2] = {};
-  for (int64_t t = 0, at = 0; t < depth; ++t, at += a_col, b += panel_cols<E>) {
-    const vec_t<E> left = load(b), right = load(b + lanes<E>);
-    for (int i = 0; i < Rows; ++i) {
-      const vec_t<E> value = broadcast<E>(rows[i][at]);
-      sums[i][0] += value * left;
-      sums[i][1] += value * right;
-    }
+// sums += c
+template <typename E, int Rows, int Vectors>
+FASTCONV_INLINE void add_tile(vec_t<E> (&sums)[Rows][Vectors], const E* c, int64_t c_row) {
+#pragma GCC unroll 6
+  for (int i = 0; i < Rows; ++i, c += c_row)
+#pragma GCC unroll 2
+    for (int v = 0; v < Vectors; ++v) sums[i][v] += load(c + v * lanes<E>);
+}
+
+// c = sums
+template <typename E, int Rows, int Vectors>
+FASTCONV_INLINE void store_tile(const vec_t<E> (&sums)[Rows][Vectors], E* c, int64_t c_row) {
+#pragma GCC unroll 6
+  for (int i = 0; i < Rows; ++i, c += c_row)
+#pragma GCC unroll 2
+    for (int v = 0; v < Vectors; ++v) store(c + v * lanes<E>, sums[i][v]);
+}
+
+// Where sums go, and what they are added to: null, or rows as far apart as those of c.
+template <typename E>
+struct TileOut {
+  E* c;
+  int64_t c_row;
+  const E* add;
+  int64_t add_row;
+};
+
+// Rows rows of C, one panel wide, or its first vector alone.
+template <typename E, int Rows, int Vectors>
+void multiply_tile(int64_t depth, const E* a, int64_t a_row, int64_t a_col, const E* b, const TileOut<E>& to,
+                   int64_t row, int64_t col) {
+  vec_t<E> sums[Rows][Vectors];
+  clear_tile(sums);
+  for (int64_t t = 0; t < depth; ++t, a += a_col, b += panel_cols<E>) {
+    vec_t<E> values[Vectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < Vectors; ++v) values[v] = load(b + v * lanes<E>);
+    add_products(sums, values, [&](int i) { return broadcast<E>(a[i * a_row]); });
   }
-  store_tile<E, Rows>(sums, c, c_row, add);
+  if (to.add) add_tile(sums, to.add + row * to.add_row + col, to.add_row);
+  store_tile(sums, to.c + row * to.c_row + col, to.c_row);
 }
 
 // Calls tile(first row, integral_constant of its height) for tiles of nearly equal height.
@@ -60,14 +101,16 @@ FASTCONV_INLINE void for_row_tiles(int64_t rows, const Tile& tile) {
   }
 }
 
-// Panels outside, rows inside: the panel stays in L1 while A comes from L2.
+// One panel of B, whose `cols` columns are those of C from `col` on.
 template <typename E>
-void multiply_block(int64_t rows, int64_t panels, int64_t depth, const E* a, int64_t a_row, int64_t a_col, const E* b,
-                    int64_t b_panel, E* c, int64_t c_row, bool add) {
-  for (int64_t panel = 0; panel < panels; ++panel, b += b_panel, c += panel_cols<E>)
-    for_row_tiles(rows, [&](int64_t i, auto height) {
-      multiply_tile<E, height.value>(depth, a + i * a_row, a_row, a_col, b, c + i * c_row, c_row, add);
-    });
+void multiply_panel(int64_t rows, int64_t cols, int64_t depth, const E* a, int64_t a_row, int64_t a_col, const E* b,
+                    const TileOut<E>& to, int64_t col) {
+  for_row_tiles(rows, [&](int64_t i, auto height) {
+    if (cols > lanes<E>)
+      multiply_tile<E, height.value, 2>(depth, a + i * a_row, a_row, a_col, b, to, i, col);
+    else
+      multiply_tile<E, height.value, 1>(depth, a + i * a_row, a_row, a_col, b, to, i, col);
+  });
 }
 
 }  // namespace

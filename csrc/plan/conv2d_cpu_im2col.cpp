@@ -29,6 +29,8 @@ void plan_gather(const Conv2dProblem& p, Conv2dPlan& plan) {
     fewer_pixels = p.layout == Layout::NCHW ? 64 : 48;  // panels of pixels, or tiles
     channels = 256;
     depth = 384;
+  } else if (along && phases_at_once(p, plan.direction) > 1) {
+    pixels = fewer_pixels;  // of each phase
   } else if (!along && taps > 1 && !patches_in_place(p, plan.direction)) {
     pixels = fewer_pixels;  // they are packed: no more memory than in place
   }
@@ -57,7 +59,7 @@ void plan_wgrad(const Conv2dProblem& p, Conv2dPlan& plan) {
   const int64_t taps = p.R * p.S, depth = p.channels_per_group() * taps, filters = p.filters_per_group();
   // Patches are staged or read anew for each block of filters, so that these are wide where patches are short.
   const bool along = along_pixels(p, plan.direction);
-  int64_t patch = 288, block = 256,
+  int64_t patch = 288, block = along ? 256 : 272,
           width = std::clamp<int64_t>(36864 / std::max<int64_t>(depth, 1) / 32 * 32, 128, 512);
   // 16 bits are packed, in pairs or converted: smaller blocks, so that it takes no more memory.
   const bool pairs = multiplies_bfloat16(p, plan.direction);
@@ -69,7 +71,13 @@ void plan_wgrad(const Conv2dProblem& p, Conv2dPlan& plan) {
     width = pairs ? 128 : 64;
   }
   const int64_t tasks = pieces_of(depth, patch) * pieces_of(filters, width) * p.groups;
-  const int64_t pixels = along ? pixel_block(p.N, p.P, p.Q, block).pixels() : balanced(p.N * p.P * p.Q, block);
+  const int64_t all = p.N * p.P * p.Q, wanted = enough_tasks / std::max<int64_t>(tasks, 1);
+  int64_t pixels = along ? pixel_block(p.N, p.P, p.Q, block).pixels() : balanced(all, block);
+  int64_t split = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(all / pixels, 1));
+  if (!along && element_bytes(p.dtype) >= 4) {  // as many blocks in each piece
+    split = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(pieces_of(all, block), 1));
+    pixels = balanced(pieces_of(all, split), block);
+  }
   plan.tile_k = int(along ? block : pixels);
   if (along) {
     plan.tile_m = int(patch);
@@ -78,8 +86,7 @@ void plan_wgrad(const Conv2dProblem& p, Conv2dPlan& plan) {
     plan.tile_m = int(balanced(filters, width));
     plan.tile_n = int(std::min(patch, whole_panels(depth)));
   }
-  plan.split = int(std::clamp<int64_t>(enough_tasks / std::max<int64_t>(tasks, 1), 1,
-                                       std::max<int64_t>(p.N * p.P * p.Q / pixels, 1)));
+  plan.split = int(split);
   if (plan.split > 1) plan.workspace_bytes = plan.split * (p.w_elements() + p.K) * sum_bytes(p);
   plan.scratch_bytes = aligned(wgrad_scratch(p, plan).end * sum_bytes(p));
 }
