@@ -161,6 +161,16 @@ def test_activation_of_nan(backend, layout, with_residual):
         assert torch.equal(residual.grad.cpu(), (peer.grad > 0).float())
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_activation_of_negative_zero(backend, layout):
+    """It stays one, as with torch.relu."""
+    x, mean, var = lay_out(torch.zeros(2, 9, 3, 5), layout), torch.zeros(9), torch.ones(9)
+    inputs = [backend.put(t) for t in (x, mean, var, -torch.ones(9), torch.full([9], -0.0))]
+    for activation in (None, "relu"):
+        y = fastconv.batch_norm(*inputs, activation=activation)
+        assert torch.equal(y.cpu(), x) and y.cpu().signbit().all()
+
+
 def test_a_residual_of_another_dtype_or_shape_is_added_as_by_torch(backend):
     x, mean, var = torch.randn(2, 3, 4, 5), torch.zeros(3), torch.ones(3)
     for dtype, residual in (

@@ -29,9 +29,8 @@ Chunks chunks_of(const BatchNormProblem& p) {
 
 // Asks memory for `length` values of each plane of a few channels: of runs so short the processor foresees none.
 template <typename T>
-void prefetch_planes(const T* x, int64_t stride, int64_t N, int64_t length) {
-  for (int64_t n = 0; n < N; ++n)
-    for (int64_t i = 0; i < length; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(x + n * stride + i, 0, 2);
+FASTCONV_INLINE void prefetch_planes(const T* x, int64_t stride, int64_t N, int64_t length) {
+  for (int64_t n = 0; n < N; ++n) prefetch_lines<false>(x + n * stride, length);
 }
 
 // Calls f for the same values again, in chunks of one plane or part of one.

@@ -183,13 +183,6 @@ void add_tap_rows(const TapRow<T>* taps, const T* dy, int64_t channels, int64_t 
             to_acc(dy[q * channels + c]) * to_acc(taps[t].in[q * in_step + c]);
 }
 
-// Rows are read by channels, a line of each pixel at a time, which the machine does not foresee.
-template <typename T>
-void prefetch_row(const T* row, int64_t count) {
-  constexpr int64_t line = 64 / int64_t(sizeof(T));
-  for (int64_t i = 0; i < count; i += line) __builtin_prefetch(row + i, 0, 2);
-}
-
 // The bias, sums[count − 1][c] += Σ_q dy[q][c].
 template <typename T>
 void add_pixels(const T* dy, int64_t pixels, int64_t channels, acc_t<T>* sums, int64_t count) {
@@ -216,9 +209,10 @@ void wgrad_nhwc(const Conv2dProblem& pr, const Conv2dPlan& plan, const T* dy, co
     for (int64_t row = piece * all_rows / plan.split; row < (piece + 1) * all_rows / plan.split; ++row) {
       const T* dy_row = dy + row * pr.Q * pr.C;
       const int64_t top = row % pr.P * pr.stride_h - pr.pad_h, reach = (pr.R - 1) * pr.dilation_h;
-      prefetch_row(dy_row + pr.Q * pr.C, pr.Q * pr.C);
+      // Rows are read by channels, a line of each pixel at a time, which the machine does not foresee.
+      prefetch_lines<false>(dy_row + pr.Q * pr.C, pr.Q * pr.C);
       for (int64_t h = top + reach + 1; h < min_of(pr.H, top + reach + 1 + min_of<int64_t>(pr.stride_h, 2)); ++h)
-        prefetch_row(x + (row / pr.P * pr.H + h) * pr.W * pr.C, pr.W * pr.C);
+        prefetch_lines<false>(x + (row / pr.P * pr.H + h) * pr.W * pr.C, pr.W * pr.C);
       constexpr int most = 9;
       TapRow<T> taps[most];
       int count = 0;

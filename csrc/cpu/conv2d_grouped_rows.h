@@ -83,17 +83,15 @@ void stage_strip(const Images<const T>& source, const T* row, int64_t cols, int6
 // Fetches columns first … first + count − 1 of a row: the lines of one column (NHWC) or channel (NCHW) lie too far from
 // those of the next for the machine to foresee them.
 template <typename T>
-void prefetch_strip(const Images<T>& images, const void* row, int64_t cols, int64_t channels, int64_t first,
-                    int64_t count) {
-  constexpr int64_t line = 64;
+FASTCONV_INLINE void prefetch_strip(const Images<T>& images, const void* row, int64_t cols, int64_t channels,
+                                    int64_t first, int64_t count) {
   const int64_t begin = max_of<int64_t>(first, 0), end = min_of(cols, first + count);
   const bool nhwc = images.channel == 1;
   const int64_t pieces = nhwc ? end - begin : channels,
                 pitch = (nhwc ? images.col : images.channel) * int64_t(sizeof(T));
   const int64_t bytes = (nhwc ? channels : end - begin) * int64_t(sizeof(T));
   const char* from = static_cast<const char*>(row) + begin * images.col * int64_t(sizeof(T));
-  for (int64_t piece = 0; piece < pieces; ++piece, from += pitch)
-    for (int64_t i = 0; i < bytes; i += line) __builtin_prefetch(from + i);
+  for (int64_t piece = 0; piece < pieces; ++piece, from += pitch) prefetch_lines<false, 1>(from, bytes);
 }
 
 // The staged rows of a block of channels and columns.

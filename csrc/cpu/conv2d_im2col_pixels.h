@@ -98,11 +98,10 @@ void pack_filters(const Filters<T>& f, const Axis& rows, const Axis& cols, int64
 
 // Asks for the rows of a plane that a block of neighbouring rows reads.
 template <typename T>
-void prefetch_rows(const T* plane, const Axis& rows, const Strips& strips, int64_t i0, int64_t width) {
+FASTCONV_INLINE void prefetch_rows(const T* plane, const Axis& rows, const Strips& strips, int64_t i0, int64_t width) {
   const int64_t first = strips.origin(rows, 0, i0);
   const Inside inside = inside_strip(rows, first, strips.length);
-  for (int64_t at = (first + inside.begin) * width; at < (first + inside.end) * width; at += 64 / int64_t(sizeof(T)))
-    __builtin_prefetch(plane + at);
+  prefetch_lines<false, 1>(plane + (first + inside.begin) * width, (inside.end - inside.begin) * width);
 }
 
 // Rows of `width` columns that read the same columns of the source but `shift` further: copied as one, then the borders

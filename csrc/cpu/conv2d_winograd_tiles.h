@@ -9,14 +9,6 @@
 namespace fastconv::cpu {
 namespace {
 
-// Asks for the cache lines of `count` elements, into L1 or L2, to be read or written. Inlined by force, as are its
-// callers: GCC takes a function that only prefetches for one without effect and leaves out its calls.
-template <bool Write, int Level = 2, typename T>
-FASTCONV_INLINE void prefetch_lines(const T* from, int64_t count) {
-  for (const char *at = (const char*)from, *end = (const char*)(from + count); at < end; at += 64)
-    __builtin_prefetch(at, Write, 4 - Level);
-}
-
 // Planes of images that are read from (row, col) on for the first tile, and as zeros outside.
 template <typename T>
 struct TiledImages {

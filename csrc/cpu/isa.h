@@ -284,6 +284,14 @@ FASTCONV_INLINE T max_of(T a, T b) {
   return a < b ? b : a;
 }
 
+// Asks for the cache lines of `count` elements, into L1 or L2, to be read or written. Inlined by force, as are its
+// callers: GCC takes a function that only prefetches for one without effect and leaves out its calls.
+template <bool Write, int Level = 2, typename T>
+FASTCONV_INLINE void prefetch_lines(const T* from, int64_t count) {
+  for (const char *at = (const char*)from, *end = (const char*)(from + count); at < end; at += 64)
+    __builtin_prefetch(at, Write, 4 - Level);
+}
+
 // Distributes tasks 0 … tasks−1 over the workers: task(worker, index). Each begins with a run of tasks of its own, far
 // from the others', so that its caches keep what one call after the other works on and no other's take lines from them;
 // then it helps with what is left. Which worker takes a task is left to chance, so a task must write its own outputs

@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(tile* tile / 64, tile == 128      ? 2
 #pragma unroll 1
     for (int k = b.k; k < depth; k += b.k_step) {
       const T* line = matrix + offset_of(g.matrix_k, digits_of(shared.phase.k_digits, k0 + k));
-      for (int i = b.i; i < tile; i += b.i_step)
+      for (int i = b.i; i < tile; i += b.i_step)  // redundant: padding follows the last element of a row
         copy_async(&shared.matrix[buffer][k][i], line + (n0 + i) * g.matrix_n, k0 + k < k_end && n0 + i < g.n,
                    matrix_chunks, static_cast<const T*>(g.matrix));
     }

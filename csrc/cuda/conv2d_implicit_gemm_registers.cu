@@ -39,13 +39,13 @@ __global__ void __launch_bounds__(threads, sizeof(T) == 8 ? 4 : 8)
 
   T sums[8][8] = {};
 #pragma unroll 1
-  for (int k0 = 0; k0 < g.k; k0 += depth) {
+  for (int k0 = 0; k0 < g.k; k0 += depth) {  // redundant: one more step would add zeros
     for (int e = thread; e < tile * depth; e += threads) {
       const int m = g.windows_along_k ? e / depth : e % tile, k = g.windows_along_k ? e % depth : e / tile;
       const T* from = window(g, windows, m0 + m, k0 + k);
       shared.windows[k][m] = from ? *from : T(0);
     }
-    for (int e = thread; e < tile * depth; e += threads) {
+    for (int e = thread; e < tile * depth; e += threads) {  // redundant: padding follows the last element of a row
       const int n = e / depth, k = e % depth;
       const T* from = matrix_element(g, matrix, k0 + k, n0 + n);
       shared.matrix[k][n] = from ? *from : T(0);

@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(tile* tile)
   const int my_m = g.out_along_m ? lane : line, my_n = g.out_along_m ? line : lane;
 
   T sum = 0;
-  for (int k0 = 0; k0 < g.k; k0 += tile) {
+  for (int k0 = 0; k0 < g.k; k0 += tile) {  // redundant: one more step would add zeros
     const T* from = window(g, windows, m0 + load_m, k0 + load_k);
     shared.windows[load_m][load_k] = from ? *from : T(0);
     from = matrix_element(g, matrix, k0 + lane, n0 + line);

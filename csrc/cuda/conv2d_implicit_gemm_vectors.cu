@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(threads, sizeof(T) == 8 ? 4 : 6)
 
   T sums[8][8] = {};
 #pragma unroll 1
-  for (int k0 = 0; k0 < g.k; k0 += depth) {
+  for (int k0 = 0; k0 < g.k; k0 += depth) {  // redundant: one more step would add zeros
 #pragma unroll 1
     for (int quad = thread; quad < tile * depth / 4; quad += threads) {
       const int m = g.windows_along_k ? quad / 2 : quad % (tile / 4) * 4;
@@ -69,6 +69,7 @@ __global__ void __launch_bounds__(threads, sizeof(T) == 8 ? 4 : 6)
                 [&](int i, int j) { return window(g, windows, m0 + i, k0 + j); });
     }
 #pragma unroll 1
+    // redundant: padding follows the last element of a row
     for (int quad = thread; quad < tile * depth / 4; quad += threads)
       copy_quad(shared.matrix, quad / 2, quad % 2 * 4, true, g.matrix_quads,
                 [&](int i, int j) { return matrix_element(g, matrix, k0 + j, n0 + i); });

@@ -179,6 +179,7 @@ __device__ __forceinline__ void store_sums(const ImplicitGemm& g, const OutputTi
 
 // Taps are counted as they lie in memory: s before r before c in NCHW, c before s before r in NHWC.
 __host__ __device__ inline Radix tap_digits(bool nchw, int64_t channels, int64_t rows, int64_t columns) {
+  // redundant: 1 is itself either way
   const auto divisor = [](int64_t d) { return Divisor(d < 1 ? 1 : d); };
   return nchw ? Radix{divisor(columns), divisor(rows)} : Radix{divisor(channels), divisor(columns)};
 }

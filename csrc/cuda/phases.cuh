@@ -14,6 +14,7 @@ struct PhaseAxis {
 __host__ __device__ inline PhaseAxis phase_axis(int phase, int size, int stride, int pad, int dilation, int taps,
                                                 int tap_step) {
   const int outputs = (size - phase + stride - 1) / stride;
+  // redundant: if none of the first tap_step taps meets the phase, none does
   for (int tap = 0; tap < taps && tap < tap_step; ++tap) {
     const int distance = phase + pad - tap * dilation;
     if (distance % stride == 0) return {outputs, distance / stride, (taps - 1 - tap) / tap_step + 1, tap};
