@@ -4,7 +4,8 @@
 #pragma once
 
 #include "conv2d_grouped_blocks.h"
-#include "conv2d_im2col_pixels.h"
+#include "conv2d_images.h"
+#include "conv2d_stage.h"
 
 namespace fastconv::cpu {
 namespace {

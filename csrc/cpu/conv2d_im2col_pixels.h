@@ -9,42 +9,13 @@
 
 #include "conv2d_blocks.h"
 #include "conv2d_im2col_window.h"
+#include "conv2d_images.h"
+#include "conv2d_rows_out.h"
 #include "conv2d_stage.h"
 #include "transpose.h"
 
 namespace fastconv::cpu {
 namespace {
-
-// Images in either memory order, by strides in elements.
-template <typename T>
-struct Images {
-  T* data;
-  int64_t n, channel, row, col;
-
-  T* at(int64_t image, int64_t ch, int64_t i, int64_t j) const {
-    return data + image * n + ch * channel + i * row + j * col;
-  }
-};
-template <typename T>
-Images<T> images(T* data, Layout layout, int64_t channels, int64_t height, int64_t width) {
-  if (layout == Layout::NCHW) return {data, channels * height * width, height * width, width, 1};
-  return {data, height * width * channels, 1, width * channels, channels};
-}
-
-// Filters in either memory order: element (group, produced channel m, contracted channel, r, s).
-template <typename T>
-struct Filters {
-  const T* data;
-  int64_t group, m, channel, r, s;
-};
-template <typename T>
-Filters<T> filters(const T* w, const Conv2dProblem& p, Direction direction) {
-  const int64_t cg = p.channels_per_group(), taps = p.R * p.S;
-  const bool nchw = p.layout == Layout::NCHW;
-  const int64_t k = cg * taps, c = nchw ? taps : 1, r = nchw ? p.S : p.S * cg, s = nchw ? 1 : cg;
-  if (direction == Direction::fprop) return {w, p.filters_per_group() * k, k, c, r, s};
-  return {w, p.filters_per_group() * k, c, k, r, s};
-}
 
 // A block of a task: images, rows and columns of a phase's outputs, and channels of a group.
 struct GatherBlock {
@@ -154,46 +125,6 @@ void stage_block(const Images<const T>& source, int64_t n0, int64_t n_count, int
           stage_pixels(from, source.col, channels, rows, row_strips, i0, shifted, col_strips, j0, to, n_count * plane);
         }
       }
-}
-
-// out[j·step] = values[j] + bias, or ReLU of it
-template <typename T>
-FASTCONV_INLINE void write_row(const acc_t<T>* values, int64_t count, acc_t<T> bias, bool with_relu, T* out,
-                               int64_t step) {
-  for (int64_t j = 0; j < count; j += lanes<T>) {
-    const int64_t left = count - j;
-    const vec_t<T> sum = load(values + j) + broadcast<T>(bias), v = with_relu ? relu(sum) : sum;
-    if (step == 1 && left >= lanes<T>)
-      store(out + j, v);
-    else if (step == 1)
-      store_first(out + j, v, left);
-    else
-      for (int64_t lane = 0; lane < min_of<int64_t>(left, lanes<T>); ++lane)
-        out[(j + lane) * step] = from_acc<T>(v[lane]);
-  }
-}
-
-template <typename E, int... J>
-FASTCONV_INLINE void interleave(vec_t<E> even, vec_t<E> odd, vec_t<E>* out, std::integer_sequence<int, J...>) {
-  out[0] = shuffle<E, (J / 2 + J % 2 * lanes<E>)...>(even, odd);
-  out[1] = shuffle<E, (lanes<E> / 2 + J / 2 + J % 2 * lanes<E>)...>(even, odd);
-}
-
-// out[2·j] = even[j], out[2·j + 1] = odd[j], `count` of both together
-template <typename T>
-FASTCONV_INLINE void write_interleaved(const acc_t<T>* even, const acc_t<T>* odd, int64_t count, T* out) {
-  constexpr int64_t width = lanes<T>;
-  for (int64_t i = 0; i < count; i += 2 * width, even += width, odd += width) {
-    vec_t<T> v[2];
-    interleave<acc_t<T>>(load(even), load(odd), v, std::make_integer_sequence<int, lanes<T>>());
-    for (int64_t half = 0; half < 2 && i + half * width < count; ++half) {
-      const int64_t left = count - i - half * width;
-      if (left >= width)
-        store(out + i + half * width, v[half]);
-      else
-        store_first(out + i + half * width, v[half], left);
-    }
-  }
 }
 
 // The sums of a phase: row i of image n, of channel m.

@@ -2,7 +2,8 @@
 // a time, in both memory orders: NCHW is transposed on the way.
 #pragma once
 
-#include "conv2d_im2col_pixels.h"
+#include "conv2d_images.h"
+#include "conv2d_stage.h"
 #include "conv2d_winograd_blocks.h"
 #include "conv2d_winograd_transforms.h"
 
