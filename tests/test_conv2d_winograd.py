@@ -73,19 +73,12 @@ def test_each_value_of_a_tile_is_transformed_by_those_matrices(cpu, size, height
     assert largest_error(y, expected.value) <= 2**-48
 
 
-# 16 bits are converted on their way in and out, which is the same for the largest tensors.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(
-    "case, dtype",
-    [
-        (case, dtype)
-        for case in CASES
-        for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-        if dtype.itemsize > 2 or math.prod(case.x) < 500_000
-    ],
-    ids=str,
-)
-def test_forward_and_gradients(cpu, case, layout, dtype):
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_forward_and_gradients(cpu, full, case, layout, dtype):
+    if dtype.itemsize == 2 and math.prod(case.x) > 500_000 and not full:
+        pytest.skip("the largest cases in 16 bits, which take long, need --full")
     check(cpu, case, dtype, layout, "winograd", compare_with_torch=dtype.itemsize == 2)
 
 
