@@ -94,10 +94,10 @@ inline int64_t position_elements(const Conv2dProblem& p, Direction direction) {
 }
 
 // One thread's scratch, as offsets in elements, whole cache lines each. fprop, dgrad: tile_m rows of tile_n outputs of
-// each column phase, one at a time; `taps` are two pointers each, `rows` is the row that is put out. wgrad: `taps` are
-// pointers to the rows that a tap reads, `rows` those of dy.
+// each column phase, one at a time; `taps` are two pointers each, `rows` is the row that is put out and `weights` those
+// of a block. wgrad: `taps` are pointers to the rows that a tap reads, `rows` those of dy.
 struct GroupedScratch {
-  int64_t held, taps, stage, rows, end;
+  int64_t held, taps, stage, rows, weights, end;
 };
 inline GroupedScratch grouped_scratch(const Conv2dProblem& p, const Conv2dPlan& plan) {
   const bool wgrad = plan.direction == Direction::wgrad;
@@ -108,7 +108,8 @@ inline GroupedScratch grouped_scratch(const Conv2dProblem& p, const Conv2dPlan& 
   s.taps = s.held + whole(2 * slots);  // an int64 or a pointer takes two floats
   s.stage = s.taps + whole(wgrad ? 2 * plan.tile_m : 4 * p.R * p.S);
   s.rows = s.stage + slots * positions * position_elements(p, plan.direction);
-  s.end = s.rows + (wgrad ? plan.tile_m : phases_of(p, plan.direction).cols) * plan.tile_n * max_lanes + max_lanes;
+  s.weights = s.rows + (wgrad ? plan.tile_m : phases_of(p, plan.direction).cols) * plan.tile_n * max_lanes + max_lanes;
+  s.end = s.weights + (wgrad ? 0 : p.R * p.S * contracted_channels(p, plan.direction) * max_lanes);
   return s;
 }
 

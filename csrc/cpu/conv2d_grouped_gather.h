@@ -2,11 +2,13 @@
 //
 //   out[position][lane] = bias[lane] + Σ_{tap, channel} weights[tap][channel][lane] · source[position + tap][channel]
 //
-// where `channel` counts those of the lane's group. A task is a block of channels × some rows: each row of the source
-// is staged once, when the first output row reads it. dgrad writes its column phases between each other.
+// where `channel` counts those of the lane's group. A task packs the weights of a block of channels and passes over some
+// boxes of rows with them: each row of the source is staged once in a box, when the first output row reads it. dgrad
+// writes its column phases between each other.
 #pragma once
 
 #include "conv2d_grouped_rows.h"
+#include "for_constants.h"
 
 namespace fastconv::cpu {
 namespace {
@@ -18,11 +20,13 @@ struct RowTaps {
 };
 
 // What a row of outputs sums: `count` runs of taps, whose weights are weight_step apart and those of their channels
-// channel_step; positions are in_step apart, from one output to the next and within a run.
+// channel_step; positions are in_step apart, from one output to the next and within a run. Where the first or the last
+// of a row of runs lies outside of the image, it is left out.
 template <typename E>
 struct RowSum {
   const RowTaps<E>* runs;
   int64_t count, weight_step, channels, channel_step, in_step;
+  bool runs_of_three, first_outside, last_outside;
 };
 
 // Where it goes: `count` outputs, `step` elements apart, of which the first `channels` lanes are stored.
@@ -40,17 +44,21 @@ FASTCONV_INLINE void row_tile(const Lanes& lanes_of, const RowSum<acc_t<T>>& sum
                               const RowOut<T, Out>& to) {
   vec_t<T> sums[Pixels];
   for (int i = 0; i < Pixels; ++i) sums[i] = to.start;
+  const bool without_first = sum.first_outside && at == 0;
+  const bool without_last = sum.last_outside && at + Pixels == to.count;
   for (int64_t run = 0; run < sum.count; ++run) {
     const acc_t<T>* in = sum.runs[run].in + at * sum.in_step;
     const acc_t<T>* weights = sum.runs[run].weights;
     for (int64_t channel = 0; channel < sum.channels; ++channel, weights += sum.channel_step) {
       vec_t<T> weight[Taps];
       for (int tap = 0; tap < Taps; ++tap) weight[tap] = load(weights + tap * sum.weight_step);
-      for (int position = 0; position < Pixels + Taps - 1; ++position) {
+      for_constants<Pixels + Taps - 1>([&](auto position) {
+        if (position == 0 ? without_first : position == Pixels + Taps - 2 && without_last) return;
         const vec_t<T> v = lanes_of(in + position * sum.in_step, channel);
-        for (int tap = 0; tap < Taps; ++tap)
-          if (position >= tap && position - tap < Pixels) sums[position - tap] += weight[tap] * v;
-      }
+        for_constants<Taps>([&](auto tap) {
+          if constexpr (position >= tap && position - tap < Pixels) sums[position - tap] += weight[tap] * v;
+        });
+      });
     }
   }
   if (to.with_relu)
@@ -64,9 +72,11 @@ FASTCONV_INLINE void row_tile(const Lanes& lanes_of, const RowSum<acc_t<T>>& sum
 
 template <typename T, int Taps, typename Lanes, typename Out>
 void gather_row(const Lanes& lanes_of, const RowSum<acc_t<T>>& sum, const RowOut<T, Out>& to) {
-  constexpr int64_t most = 8;
-  const int64_t width = ceil_div(to.count, ceil_div(to.count, most));
-  for (int64_t j = 0; j < to.count; j += width) {
+  constexpr int64_t most = 8, wide = lanes<float> == 16 ? 14 : most;  // as registers allow
+  int64_t j = 0;
+  for (; j + wide <= to.count; j += wide) row_tile<T, wide, Taps>(lanes_of, sum, j, to);
+  const int64_t rest = to.count - j, width = rest > 0 ? ceil_div(rest, ceil_div(rest, most)) : 1;
+  for (; j < to.count; j += width) {
     const auto tile = [&](auto pixels) { row_tile<T, pixels.value, Taps>(lanes_of, sum, j, to); };
     switch (min_of(width, to.count - j)) {
       case 1: tile(std::integral_constant<int, 1>()); break;
@@ -81,7 +91,20 @@ void gather_row(const Lanes& lanes_of, const RowSum<acc_t<T>>& sum, const RowOut
   }
 }
 
-// weights[block][element of a filter][lane], where dgrad's filters are those of the produced channels.
+// A block's weights, [element of a filter][lane]: steps from one tap of a filter and from one of its channels to the
+// next.
+template <typename E>
+struct BlockWeights {
+  E* data;
+  int64_t tap_step, channel_step;
+};
+// fprop's keep the order of the filters, (c, r, s) in NCHW; dgrad's are those of the produced channels, (r, s, k).
+template <typename T>
+BlockWeights<acc_t<T>> block_weights(const Conv2dProblem& pr, Direction direction, acc_t<T>* data) {
+  if (direction == Direction::fprop && pr.layout == Layout::NCHW) return {data, lanes<T>, pr.R * pr.S * lanes<T>};
+  return {data, contracted_channels(pr, direction) * lanes<T>, lanes<T>};
+}
+
 template <typename T>
 void pack_block(const Conv2dProblem& pr, Direction direction, const ChannelBlock& block, const T* w, acc_t<T>* out) {
   const int64_t taps = pr.R * pr.S, contracted = contracted_channels(pr, direction), depth = contracted * taps;
@@ -90,15 +113,51 @@ void pack_block(const Conv2dProblem& pr, Direction direction, const ChannelBlock
     return;
   }
   const Filters<T> f = filters(w, pr, direction);
-  const int64_t produced = produced_channels(pr, direction);
-  for (int64_t lane = 0; lane < block.out_count; ++lane) {
-    const int64_t channel = block.out + lane;
-    const T* from = f.data + channel / produced * f.group + channel % produced * f.m;
-    acc_t<T>* to = out + lane;
-    for (int64_t r = 0; r < pr.R; ++r)
-      for (int64_t s = 0; s < pr.S; ++s)
-        for (int64_t k = 0; k < contracted; ++k, to += lanes<T>) *to = to_acc(from[k * f.channel + r * f.r + s * f.s]);
+  const int64_t produced = produced_channels(pr, direction), pitch = contracted * lanes<T>;
+  int64_t count;  // lanes of a group
+  for (int64_t lane = 0; lane < block.out_count; lane += count) {
+    const int64_t channel = block.out + lane, m = channel % produced;
+    count = min_of(produced - m, block.out_count - lane);
+    for (int64_t k = 0; k < contracted; ++k) {
+      const T* from = f.data + channel / produced * f.group + m * f.m + k * f.channel;
+      acc_t<T>* to = out + k * lanes<T> + lane;
+      if (f.m == 1)
+        for (int64_t tap = 0; tap < taps; ++tap)
+          store_first(to + tap * pitch, load_first(from + tap * f.s, count), count);
+      else
+        transpose(from, taps, count, taps, to, pitch);
+    }
   }
+}
+
+// What `count` outputs of a column phase sum, from output j0 on, in a row whose first tap reads row `top`.
+template <typename T>
+RowSum<acc_t<T>> row_sum(RowStage<T>& stage, const Axis& rows, int64_t top, const Axis& cols, int64_t j0, int64_t count,
+                         const BlockWeights<acc_t<T>>& weights, RowTaps<acc_t<T>>* taps) {
+  // Taps of a filter row at neighbouring positions, in the order of these, make up one run of three.
+  const int64_t in_step = stage.cols.out_step * stage.pitch, tap_pitch = stage.cols.tap_step(cols) * stage.pitch;
+  const int64_t filter_step = cols.filter_step * weights.tap_step;
+  const bool runs = cols.taps == 3 && (tap_pitch == in_step || tap_pitch == -in_step);
+  const int64_t lowest = runs && tap_pitch < 0 ? 2 : 0;  // tap of a run
+  const int64_t lowest_col = j0 * cols.step + cols.first + lowest * cols.inc;
+  RowSum<acc_t<T>> sum{taps,
+                       0,
+                       tap_pitch < 0 ? -filter_step : filter_step,
+                       contracted_channels(stage.problem, stage.direction),
+                       weights.channel_step,
+                       in_step,
+                       runs,
+                       runs && lowest_col < 0,
+                       runs && lowest_col + (count + 1) * cols.step >= cols.source};
+  for (int64_t a = 0; a < rows.taps && cols.taps > 0; ++a) {
+    const int64_t row = top + a * rows.inc, r = rows.filter_first + a * rows.filter_step;
+    if (row < 0 || row >= rows.source) continue;
+    const acc_t<T>* in = stage.at(row, 0, r) + stage.cols.first(cols) * stage.pitch;
+    const acc_t<T>* filter = weights.data + (r * stage.problem.S + cols.filter_first) * weights.tap_step;
+    for (int64_t b = lowest; b < (runs ? lowest + 1 : cols.taps); ++b)
+      taps[sum.count++] = {in + b * tap_pitch, filter + b * filter_step};
+  }
+  return sum;
 }
 
 template <typename T, template <typename> class Lanes>
@@ -121,30 +180,18 @@ void gather_grouped(const Conv2dProblem& pr, const Conv2dPlan& plan, const T* so
   const StagedRows staged_row = staged_rows(pr, direction, 1);
   const Lanes<T> lanes_of(contracted, produced);
 
-  const int64_t block_weights = pr.R * pr.S * contracted * lanes<T>;
-  // fprop's filters are transposed in their own order, (c, r, s) in NCHW.
-  const bool channel_first = !dgrad && pr.layout == Layout::NCHW;
-  const int64_t tap_step = (channel_first ? 1 : contracted) * lanes<T>;
-  const int64_t depth_step = (channel_first ? pr.R * pr.S : 1) * lanes<T>;
-  auto* weights = (E*)workspace;
-  auto* row_axes = reinterpret_cast<Axis*>(weights + blocks.count * block_weights);
+  auto* row_axes = static_cast<Axis*>(workspace);
   Axis* col_axes = row_axes + phases.rows;
   for (int64_t phase = 0; phase < phases.rows; ++phase) row_axes[phase] = row_axis(pr, direction, phase);
   for (int64_t phase = 0; phase < phases.cols; ++phase) col_axes[phase] = col_axis(pr, direction, phase);
-  const auto block_at = [&](int64_t index) {
-    return channel_block(blocks, pr.groups, contracted, produced, lanes<T>, index);
-  };
-  for_each_task(parallel, blocks.count, [&](int, int64_t index) {
-    pack_block(pr, direction, block_at(index), w, weights + index * block_weights);
-  });
 
-  const int64_t row_blocks = ceil_div(out_rows, plan.tile_m), col_blocks = ceil_div(col_outputs, plan.tile_n);
-  for_each_task(parallel, pr.N * row_blocks * col_blocks * blocks.count, [&](int worker, int64_t task) {
-    const int64_t index = task % blocks.count, j0 = task / blocks.count % col_blocks * plan.tile_n;
-    const int64_t i0 = task / blocks.count / col_blocks % row_blocks * plan.tile_m;
-    const int64_t n = task / blocks.count / col_blocks / row_blocks;
-    const ChannelBlock block = block_at(index);
+  const int64_t row_boxes = ceil_div(out_rows, plan.tile_m), col_boxes = ceil_div(col_outputs, plan.tile_n);
+  const int64_t boxes = pr.N * row_boxes * col_boxes, pieces = ceil_div(boxes, plan.tile_k);
+  for_each_task(parallel, blocks.count * pieces, [&](int worker, int64_t task) {
+    const ChannelBlock block = channel_block(blocks, pr.groups, contracted, produced, lanes<T>, task / pieces);
     auto* memory = reinterpret_cast<E*>(scratch + worker * plan.scratch_bytes);
+    const BlockWeights<E> weights = block_weights<T>(pr, direction, memory + layout.weights);
+    pack_block(pr, direction, block, w, weights.data);
     auto* taps = reinterpret_cast<RowTaps<E>*>(memory + layout.taps);
     const int64_t pitch = ceil_div(block.in_count, lanes<T>) * lanes<T>;
     RowStage<T> stage{pr,
@@ -157,54 +204,46 @@ void gather_grouped(const Conv2dProblem& pr, const Conv2dPlan& plan, const T* so
                       pitch,
                       reinterpret_cast<int64_t*>(memory + layout.held),
                       memory + layout.stage};
-    stage.begin(n, block.in, block.in_count, j0 * step);
     const vec_t<T> start = bias ? load_first(bias + block.out, block.out_count) : vec_t<T>{};
-    const int64_t first_col = j0 * (dgrad ? pr.stride_w : 1);
-    const int64_t i1 = min_of<int64_t>(out_rows, i0 + plan.tile_m);
-    for (int64_t i = i0; i < i1; ++i) {
-      // Row i is output number i / phases of its phase; there is one phase only in fprop.
-      const Axis& rows = row_axes[phases.rows == 1 ? 0 : i % pr.stride_h];
-      const int64_t top = (phases.rows == 1 ? i : i / pr.stride_h) * rows.step + rows.first;
-      int64_t end_col = first_col;
-      if (i + 1 < i1)
-        prefetch_strip(out_images, out_images.at(n, block.out, i + 1, first_col), INT64_MAX, block.out_count, 0,
-                       min_of(out_cols - first_col, plan.tile_n * phases.cols));
-      for (int64_t phase = 0; phase < phases.cols; ++phase) {
-        const Axis& cols = col_axes[phase];
-        const int64_t count = min_of<int64_t>(plan.tile_n, cols.outputs - j0);
-        if (count <= 0) break;
-        // Taps of a filter row at neighbouring positions, in the order of these, make up one run of three.
-        const int64_t in_step = staged.out_step * pitch, tap_pitch = staged.tap_step(cols) * pitch;
-        const int64_t filter_step = cols.filter_step * tap_step;
-        const bool runs = cols.taps == 3 && (tap_pitch == in_step || tap_pitch == -in_step);
-        RowSum<E> sum{taps, 0, tap_pitch < 0 ? -filter_step : filter_step, contracted, depth_step, in_step};
-        for (int64_t a = 0; a < rows.taps && cols.taps > 0; ++a) {
-          const int64_t row = top + a * rows.inc, r = rows.filter_first + a * rows.filter_step;
-          if (row < 0 || row >= rows.source) continue;
-          const E* in = stage.at(row, 0, r) + staged.first(cols) * pitch;
-          const E* filter = weights + index * block_weights + (r * pr.S + cols.filter_first) * tap_step;
-          const int64_t lowest = runs && tap_pitch < 0 ? 2 : 0;
-          for (int64_t b = lowest; b < (runs ? lowest + 1 : cols.taps); ++b)
-            taps[sum.count++] = {in + b * tap_pitch, filter + b * filter_step};
-        }
-        const auto gather = [&](const auto& to) {
-          if (runs)
-            gather_row<T, 3>(lanes_of, sum, to);
+    const int64_t begin = task % pieces * plan.tile_k, end = min_of(boxes, begin + plan.tile_k);
+    for (int64_t box = begin; box < end; ++box) {
+      const int64_t j0 = box % col_boxes * plan.tile_n, i0 = box / col_boxes % row_boxes * plan.tile_m;
+      const int64_t n = box / col_boxes / row_boxes;
+      stage.begin(n, block.in, block.in_count, j0 * step);
+      const int64_t first_col = j0 * (dgrad ? pr.stride_w : 1);
+      const int64_t i1 = min_of<int64_t>(out_rows, i0 + plan.tile_m);
+      for (int64_t i = i0; i < i1; ++i) {
+        // Row i is output number i / phases of its phase; there is one phase only in fprop.
+        const Axis& rows = row_axes[phases.rows == 1 ? 0 : i % pr.stride_h];
+        const int64_t top = (phases.rows == 1 ? i : i / pr.stride_h) * rows.step + rows.first;
+        int64_t end_col = first_col;
+        if (i + 1 < i1)
+          prefetch_strip(out_images, out_images.at(n, block.out, i + 1, first_col), INT64_MAX, block.out_count, 0,
+                         min_of(out_cols - first_col, plan.tile_n * phases.cols));
+        for (int64_t phase = 0; phase < phases.cols; ++phase) {
+          const Axis& cols = col_axes[phase];
+          const int64_t count = min_of<int64_t>(plan.tile_n, cols.outputs - j0);
+          if (count <= 0) break;
+          const RowSum<E> sum = row_sum(stage, rows, top, cols, j0, count, weights, taps);
+          const auto gather = [&](const auto& to) {
+            if (sum.runs_of_three)
+              gather_row<T, 3>(lanes_of, sum, to);
+            else
+              gather_row<T, 1>(lanes_of, sum, to);
+          };
+          const int64_t col = cols.out_first + j0 * cols.out_step;  // of the first output
+          end_col = max_of(end_col, col + (count - 1) * cols.out_step + 1);
+          if (out_images.channel == 1)
+            gather(RowOut<T, T>{out_images.at(n, block.out, i, col), count, cols.out_step * out_images.col,
+                                block.out_count, start, pr.relu});
           else
-            gather_row<T, 1>(lanes_of, sum, to);
-        };
-        const int64_t col = cols.out_first + j0 * cols.out_step;  // of the first output
-        end_col = max_of(end_col, col + (count - 1) * cols.out_step + 1);
-        if (out_images.channel == 1)
-          gather(RowOut<T, T>{out_images.at(n, block.out, i, col), count, cols.out_step * out_images.col,
-                              block.out_count, start, pr.relu});
-        else
-          gather(RowOut<T, E>{memory + layout.rows + (col - first_col) * lanes<T>, count, cols.out_step * lanes<T>,
-                              lanes<T>, start, pr.relu});
+            gather(RowOut<T, E>{memory + layout.rows + (col - first_col) * lanes<T>, count, cols.out_step * lanes<T>,
+                                lanes<T>, start, pr.relu});
+        }
+        if (out_images.channel != 1)
+          transpose(memory + layout.rows, lanes<T>, end_col - first_col, block.out_count,
+                    out_images.at(n, block.out, i, first_col), out_images.channel);
       }
-      if (out_images.channel != 1)
-        transpose(memory + layout.rows, lanes<T>, end_col - first_col, block.out_count,
-                  out_images.at(n, block.out, i, first_col), out_images.channel);
     }
   });
 }

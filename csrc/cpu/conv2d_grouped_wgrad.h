@@ -122,9 +122,11 @@ void wgrad_grouped(const Conv2dProblem& pr, const Conv2dPlan& plan, const T* dy,
         std::integral_constant<int, 1> one;
         std::integral_constant<int, 3> three;
         std::integral_constant<int, 4> four;
+        std::integral_constant<int, lanes<float> == 16 ? 8 : 4> most;  // as registers allow
         for (int64_t s = 0; s < pr.S;) {
           const bool triple = s + 3 <= pr.S && staged.tap_step(cols) == staged.out_step;
           int64_t channel = 0;
+          for (; triple && channel + most.value <= cg; channel += most.value) add(three, most, s, channel);
           for (; channel + 4 <= cg; channel += 4) triple ? add(three, four, s, channel) : add(one, four, s, channel);
           for (; channel < cg; ++channel) triple ? add(three, one, s, channel) : add(one, one, s, channel);
           s += triple ? 3 : 1;

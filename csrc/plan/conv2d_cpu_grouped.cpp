@@ -26,7 +26,9 @@ void plan_grouped(const Conv2dProblem& p, Conv2dPlan& plan) {
     plan.tile_n = int(balanced(cols, std::max<int64_t>(128 / vectors / p.stride_w, 16)));
     const int64_t tasks = std::max<int64_t>(p.N * blocks * pieces_of(cols, plan.tile_n), 1);
     plan.tile_m = int(balanced(rows, std::max<int64_t>(pieces_of(rows, pieces_of(enough_tasks, tasks)), 4)));
-    plan.workspace_bytes = aligned(weights * sum_bytes(p)) + (phases.rows + phases.cols) * int64_t(sizeof(Axis));
+    const int64_t boxes = std::max<int64_t>(p.N * pieces_of(rows, plan.tile_m) * pieces_of(cols, plan.tile_n), 1);
+    plan.tile_k = int(pieces_of(boxes, std::clamp<int64_t>(4 * enough_tasks / blocks, 1, boxes)));
+    plan.workspace_bytes = (phases.rows + phases.cols) * int64_t(sizeof(Axis));
   }
   plan.scratch_bytes = aligned(grouped_scratch(p, plan).end * sum_bytes(p));
 }
