@@ -5,8 +5,9 @@
 README has a line for each machine between <!-- benchmark:short --> and its end, and a line for each group between
 <!-- benchmark:cpu --> and its end, and the same for cuda;
 docs/performance.md has a line for each row, between <!-- benchmark:cpu rows --> and its end, the tables of extras.py
-between <!-- benchmark:cpu more --> and its end, what was checked on which GPU, between <!-- benchmark:gpu-check --> and
-its end, and likewise floors: what the layers must take on an H200.
+between <!-- benchmark:cpu more --> and its end, those of whole networks, where they were measured, between
+<!-- benchmark:cpu models --> and its end, what was checked on which GPU, between <!-- benchmark:gpu-check --> and its
+end, and likewise floors: what the layers must take on an H200.
 """
 
 import json
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import floors
 import gpu_checks
+import run_models
 from extras import TABLES
 from report import caption, markdown_rows, markdown_short, markdown_summary, markdown_table, write_between
 
@@ -39,6 +41,23 @@ def markdown_extras(result):
     return "\n\n".join([caption(result), *parts]) if parts else ""
 
 
+def markdown_models(path):
+    """The networks of a results file of run.py models, as docs/performance.md shows them."""
+    if not path.exists():
+        return f"Whole networks: {NOTHING}."
+    result = json.loads(path.read_text())
+    tables = [run_models.timing_table(result["rows"]), run_models.memory_table(result["rows"])]
+    titles = [
+        f"networks, {result['settings']['layout'].upper()}",
+        "a training step, MiB at its peak beyond the parameters",
+    ]
+    parts = [
+        f"**{title}**\n\n{markdown_table([name.replace(chr(10), ' ') for name in header], lines)}"
+        for title, (header, lines) in zip(titles, tables, strict=True)
+    ]
+    return "\n\n".join([caption(result), *parts])
+
+
 def main():
     short = []
     for device in ("cpu", "cuda"):
@@ -53,6 +72,8 @@ def main():
             or f"Overhead, first calls, memory, threads, cliffs: {NOTHING}."
         )
         write_between(ROOT / "docs" / "performance.md", f"{device} more", more)
+        models = markdown_models(ROOT / "benchmarks" / "results" / f"models-{device}.json")
+        write_between(ROOT / "docs" / "performance.md", f"{device} models", models)
         print(f"{device}: {len(measured)} results" if measured else f"{device}: {NOTHING}")
     write_between(ROOT / "README.md", "short", "\n\n".join(short))
     write_between(ROOT / "docs" / "performance.md", "floors", floors.markdown_floors())

@@ -2,7 +2,7 @@
 
     python benchmarks/run.py models                        # inference of all networks, training of some
     python benchmarks/run.py models --quick                # three small ones, small batches
-    python benchmarks/run.py models --filter resnet --layout nhwc
+    python benchmarks/run.py models --filter resnet,vgg --layout nhwc
     python benchmarks/run.py models --train all --no-compile
 
 Every variant is checked before it is timed; if one is wrong, its row says so and the exit code is 1. For networks that
@@ -32,7 +32,7 @@ def parse(arguments):
     parser = argparse.ArgumentParser(prog="run.py models", description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: the GPU, if any")
     parser.add_argument("--layout", choices=("nchw", "nhwc"), default="nchw", help="default: nchw")
-    parser.add_argument("--filter", metavar="TEXT", default="", help="only networks whose name contains it")
+    parser.add_argument("--filter", metavar="TEXT,…", default="", help="only networks whose name contains one of these")
     parser.add_argument("--quick", action="store_true", help=f"only {', '.join(models.QUICK)}, in small batches")
     parser.add_argument("--train", choices=("some", "all", "none"), default="some",
                         help=f"default: some, which are {', '.join(models.TRAINED)}")  # fmt: skip
@@ -43,7 +43,8 @@ def parse(arguments):
                         help="folder for the JSON and the plot; default: benchmarks/out")  # fmt: skip
     options = parser.parse_args(arguments)
     names = models.QUICK if options.quick else tuple(NETWORKS)
-    options.names = [name for name in names if options.filter.lower() in name.lower()]
+    wanted = options.filter.lower().split(",")
+    options.names = [name for name in names if any(text in name.lower() for text in wanted)]
     if not options.names:
         parser.error(f"no network's name contains {options.filter!r}. There are {', '.join(names)}")
     some = models.TRAINED_QUICK if options.quick else models.TRAINED

@@ -18,6 +18,7 @@ import model_memory  # noqa: E402
 import models  # noqa: E402
 import networks  # noqa: E402
 import operations  # noqa: E402
+import readme  # noqa: E402
 import run  # noqa: E402
 import run_models  # noqa: E402
 
@@ -52,6 +53,7 @@ def test_selection():
     assert run_models.parse([]).trained == [name for name in networks.NETWORKS if name in models.TRAINED]
     assert run_models.parse(["--quick"]).names == list(models.QUICK)
     assert run_models.parse(["--filter", "resnet-1"]).names == ["ResNet-18", "ResNet-101", "ResNet-152"]
+    assert run_models.parse(["--filter", "vgg-16,LeNet-5"]).names == ["LeNet-5", "VGG-16"]
     assert run_models.parse(["--filter", "nin", "--train", "all"]).trained == ["NIN"]
     assert run_models.parse(["--quick", "--train", "none"]).trained == []
     assert set(models.QUICK) | set(models.TRAINED) <= set(networks.NETWORKS)
@@ -299,6 +301,10 @@ def test_a_run(tmp_path, monkeypatch, capsys, small):
     assert (tmp_path / "models-cpu.png").exists()
     assert f"{small} training ·" in out and "ms by what computes" in out and "MiB at its peak" in out
     assert max(map(len, out.splitlines()[3:-1])) <= 140
+    page = readme.markdown_models(tmp_path / "models-cpu.json")
+    assert "**networks, NCHW**" in page and page.count(f"\n| {small} | training | ") == 1
+    assert f"\n| {small} | 64 | 3 | 5 |" in page
+    assert readme.markdown_models(tmp_path / "none.json") == "Whole networks: not measured."
 
 
 def test_a_wrong_result_is_the_exit_code(tmp_path, monkeypatch, capsys, small):
