@@ -111,6 +111,7 @@ def main():
     parser.add_argument("--list", action="store_true", help="print the mutants and run nothing")
     parser.add_argument("--orders", default="forward,reverse,shuffled", help="of the threads (%(default)s)")
     parser.add_argument("--sanitizers", default="address,thread", help="tried on survivors (%(default)s)")
+    parser.add_argument("--redundant", action="store_true", help="try annotated mutants with all tests too; takes long")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="at the same time (%(default)s)")
     arguments = parser.parse_args()
     copy_tree()
@@ -129,8 +130,8 @@ def main():
         if unexplained := [m for m in survivors() if not m.redundant]:
             build("--sanitizers", sanitizer)
             fates |= run_tests(unexplained, "forward", arguments.workers, sanitizer)
-    if survivors():
-        fates |= run_tests(survivors(), "forward", arguments.workers, seconds=math.inf)
+    if left := [m for m in survivors() if arguments.redundant or not m.redundant]:
+        fates |= run_tests(left, "forward", arguments.workers, seconds=math.inf)
     lines, counts = [], {"killed": 0, "redundant": 0, "SURVIVED": 0}
     for m in mutants:
         killer, tests = fates[m.number]
