@@ -48,7 +48,7 @@ def _below_autograd(op):
                 args = args[:-4]
         try:
             with torch._C._AutoDispatchBelowAutograd():
-                return op(*args)
+                return op._op(*args)
         except RuntimeError as error:
             # The stable ABI hands on an exception's text, but not its type.
             if str(error).startswith("CUDA out of memory"):

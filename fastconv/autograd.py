@@ -13,6 +13,7 @@ tensors: (stride, padding, dilation, groups, channels_last, allow_tf32, algo).
 import torch
 from torch import is_grad_enabled
 from torch._C import _are_functorch_transforms_active as are_functorch_transforms_active
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import Function, forward_ad
 from torch.compiler import is_compiling
 
@@ -26,12 +27,16 @@ class Leaf(tuple):
 def call(function, op, differentiable, args):
     """Call the op itself, its Function, or the Function's subclass from fastconv.transforms: the cheapest that loses no
     derivative. The first `differentiable` of the arguments are tensors, or None, that may need one."""
-    if not is_compiling() and (forward_ad._current_level >= 0 or are_functorch_transforms_active()):
+    compiling = is_compiling()
+    if not compiling and (forward_ad._current_level >= 0 or are_functorch_transforms_active()):
         return function.transformable.apply(*(Leaf(a) if isinstance(a, (tuple, list)) else a for a in args))
     if is_grad_enabled():
         for tensor in args[:differentiable]:
             if tensor is not None and tensor.requires_grad:
-                return function.apply(*args)
+                if compiling or is_functorch_wrapped_tensor(tensor):
+                    return function.apply(*args)
+                # That method looks in Python for what was ruled out above, and calls this one.
+                return super(Function, function).apply(*args)
     return op(*args)
 
 
@@ -112,20 +117,26 @@ def conv2d_wgrad(*args):
 
 
 class MaxPool2d(Function):
-    """window: (kernel_size, stride, padding, dilation, ceil_mode, channels_last). Returns y and the offsets."""
+    """window: (kernel_size, stride, padding, dilation, ceil_mode, channels_last). Returns y and the offsets, whether
+    they are asked for or not."""
 
     @staticmethod
-    def forward(ctx, x, *window):
+    def forward(ctx, x, *window_and_return_offsets):
+        ctx.window = window = window_and_return_offsets[:-1]
         y, offsets = _ops.max_pool2d_forward(x, *window, True)
         ctx.save_for_backward(offsets)
-        ctx.x_size, ctx.window = x.shape, window
+        ctx.x_size = x.shape
         ctx.mark_non_differentiable(offsets)
+        ctx.set_materialize_grads(False)  # the offsets' would be zeros, written for nothing
         return y, offsets
 
     @staticmethod
     def backward(ctx, dy, _):
+        nothing = (None,) * (len(ctx.window) + 1)
+        if dy is None:
+            return None, *nothing
         (offsets,) = ctx.saved_tensors
-        return max_pool2d_backward(dy, offsets, ctx.x_size, *ctx.window), *(None for _ in ctx.window)
+        return max_pool2d_backward(dy, offsets, ctx.x_size, *ctx.window), *nothing
 
 
 class MaxPool2dBackward(Function):
@@ -156,11 +167,7 @@ class MaxPool2dGather(Function):
 
 def max_pool2d(x, *window, return_offsets):
     """y and its offsets, which are empty unless they are asked for or a gradient needs them."""
-
-    def without_gradient(x, *window):
-        return _ops.max_pool2d_forward(x, *window, return_offsets)
-
-    return call(MaxPool2d, without_gradient, 1, (x, *window))
+    return call(MaxPool2d, _ops.max_pool2d_forward, 1, (x, *window, return_offsets))
 
 
 def max_pool2d_backward(*args):

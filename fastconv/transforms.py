@@ -118,16 +118,17 @@ class MaxPool2d(autograd.MaxPool2d):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, *window):
-        return _ops.max_pool2d_forward(x, *window, True)
+    def forward(x, *window_and_return_offsets):
+        return _ops.max_pool2d_forward(x, *window_and_return_offsets[:-1], True)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, *ctx.window = inputs
+        x, *ctx.window, _ = inputs
         ctx.x_size = x.shape
         ctx.save_for_backward(output[1])
         ctx.save_for_forward(output[1])
         ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     def jvp(ctx, gx, *_):

@@ -85,24 +85,28 @@ void convolutions(DType dtype, Layout layout, const cpu::Parallel& parallel) {
     }
 }
 
-void pooling(DType dtype, Layout layout, const cpu::Parallel& parallel) {
-  const auto p = make_max_pool2d_problem({3, 21, 9, 10}, {3, 2}, {2, 1}, {1, 1}, {1, 2}, false, dtype, layout);
-  const MaxPool2dPlan plan = plan_max_pool2d(p, {});
+void max_pooling(DType dtype, Layout layout, const cpu::Parallel& parallel) {
   const int64_t size = element_bytes(dtype);
-  const Bytes x = values(p.x_elements(), dtype, 1), dy = values(p.y_elements(), dtype, 2);
-  Bytes y = room(p.y_elements() * size), offsets = room(p.y_elements() * p.offset_bytes);
-  Bytes dx = room(p.x_elements() * size), gathered = room(p.y_elements() * size);
-  std::vector<int64_t> indices(size_t(p.y_elements()));
-  const cpu::MaxPool2dKernels& kernels = *cpu::kernels().max_pool2d;
-  kernels.forward(p, plan, x.data(), y.data(), offsets.data(), parallel);
-  kernels.backward(p, plan, dy.data(), offsets.data(), dx.data(), parallel);
-  kernels.gather(p, x.data(), offsets.data(), gathered.data(), parallel);
-  kernels.indices(p, offsets.data(), indices.data(), parallel);
-  const auto* index_bytes = reinterpret_cast<const unsigned char*>(indices.data());
-  report("pool y", "", dtype, layout, y, p.y_elements() * size);
-  report("pool dx", "", dtype, layout, dx, p.x_elements() * size);
-  report("pool gathered", "", dtype, layout, gathered, p.y_elements() * size);
-  report("pool indices", "", dtype, layout, {index_bytes, index_bytes + 8 * indices.size()}, 8 * p.y_elements());
+  for (const MaxPool2dProblem& p :
+       {make_max_pool2d_problem({3, 21, 9, 10}, {3, 2}, {2, 1}, {1, 1}, {1, 2}, false, dtype, layout),
+        make_max_pool2d_problem({3, 21, 9, 40}, {3, 3}, {2, 2}, {1, 1}, {1, 1}, false, dtype, layout),
+        make_max_pool2d_problem({3, 21, 9, 40}, {2, 2}, {2, 2}, {0, 0}, {1, 1}, true, dtype, layout)}) {
+    const MaxPool2dPlan plan = plan_max_pool2d(p, {});
+    const Bytes x = values(p.x_elements(), dtype, 1), dy = values(p.y_elements(), dtype, 2);
+    Bytes y = room(p.y_elements() * size), offsets = room(p.y_elements() * p.offset_bytes);
+    Bytes dx = room(p.x_elements() * size), gathered = room(p.y_elements() * size);
+    std::vector<int64_t> indices(size_t(p.y_elements()));
+    const cpu::MaxPool2dKernels& kernels = *cpu::kernels().max_pool2d;
+    kernels.forward(p, plan, x.data(), y.data(), offsets.data(), parallel);
+    kernels.backward(p, plan, dy.data(), offsets.data(), dx.data(), parallel);
+    kernels.gather(p, x.data(), offsets.data(), gathered.data(), parallel);
+    kernels.indices(p, offsets.data(), indices.data(), parallel);
+    const auto* index_bytes = reinterpret_cast<const unsigned char*>(indices.data());
+    report("pool y", "", dtype, layout, y, p.y_elements() * size);
+    report("pool dx", "", dtype, layout, dx, p.x_elements() * size);
+    report("pool gathered", "", dtype, layout, gathered, p.y_elements() * size);
+    report("pool indices", "", dtype, layout, {index_bytes, index_bytes + 8 * indices.size()}, 8 * p.y_elements());
+  }
 }
 
 void averages(DType dtype, Layout layout, const cpu::Parallel& parallel) {
@@ -157,7 +161,7 @@ int main(int argc, char** argv) {
   for (DType dtype : dtypes)
     for (Layout layout : layouts) {
       convolutions(dtype, layout, one_thread);
-      pooling(dtype, layout, one_thread);
+      max_pooling(dtype, layout, one_thread);
       averages(dtype, layout, one_thread);
       batch_norm(dtype, layout, one_thread);
     }

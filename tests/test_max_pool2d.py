@@ -165,8 +165,39 @@ def test_two_apart(backend, taps, layout):
                         continue
                     window = ((taps, taps), (2, 2), padding, (1, 1), ceil_mode)
                     size = (2, 2, height, width) if layout == "contiguous" else (2, width + 3, height, 4)
-                    x = lay_out(torch.randint(0, 9, size).float(), layout)
-                    check_gradient(backend, x, window)
+                    check_gradient(backend, lay_out(torch.randint(0, 9, size).float(), layout), window)
+                    for fill in ("some -inf", "some NaN"):
+                        check_values(backend, lay_out(FILLS[fill](size), layout), window)
+
+
+class Unmoved(torch.autograd.Function):
+    """A constant of x, to autograd."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, _):
+        return None
+
+
+def test_no_gradient_is_made_for_the_offsets(backend, monkeypatch):
+    """Nor is one made where y has none."""
+    arrived, backward = [], fastconv.autograd.MaxPool2d.backward
+
+    def spy(ctx, *gradients):
+        arrived.append(gradients)
+        return backward(ctx, *gradients)
+
+    monkeypatch.setattr(fastconv.autograd.MaxPool2d, "backward", staticmethod(spy))
+    y = fastconv.max_pool2d(backend.put(torch.randn(1, 2, 4, 6)).requires_grad_(), 2)
+    y.sum().backward()
+    assert arrived[0][0].shape == y.shape and arrived[0][1] is None
+
+    x = backend.put(torch.randn(1, 2, 4, 6)).requires_grad_()
+    Unmoved.apply(fastconv.max_pool2d(x, 2)).sum().backward()
+    assert arrived[1] == (None, None) and x.grad is None
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])

@@ -13,6 +13,7 @@
 #include "max_pool2d_backward.h"
 #include "max_pool2d_backward_stride_2.h"
 #include "max_pool2d_forward.h"
+#include "max_pool2d_forward_stride_2.h"
 
 namespace fastconv::cpu {
 namespace {
@@ -38,6 +39,10 @@ void forward_as(const MaxPool2dProblem& p, const T* x, T* y, Offset* offsets, co
     return forward_nhwc<0>(p, x, y, offsets, parallel);
   }
   if constexpr (sizeof(Offset) == 1) {
+    if (has_forward_stride_2(p)) {
+      if (p.R == 2) return forward_nchw_stride_2<2>(p, x, y, offsets, parallel);
+      return forward_nchw_stride_2<3>(p, x, y, offsets, parallel);
+    }
     if (p.stride_w == 2) {
       if (plain && p.R == 2) return forward_nchw<2, 2>(p, x, y, offsets, parallel);
       if (plain && p.R == 3) return forward_nchw<2, 3>(p, x, y, offsets, parallel);

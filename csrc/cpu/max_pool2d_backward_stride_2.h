@@ -6,8 +6,6 @@
 // for an element: where a window does not exist, one that took nothing stands for it.
 #pragma once
 
-#include <type_traits>
-
 #include "max_pool2d_vectors.h"
 
 namespace fastconv::cpu {
@@ -48,17 +46,6 @@ struct WindowRow {
     return {load_first(dy + q, Q - q), load_offsets<T>(taps)};
   }
 };
-
-// One lane to the right, with the last of `before` in front.
-template <typename T, int... lane>
-FASTCONV_INLINE vec_t<T> moved_right(vec_t<T> before, vec_t<T> v, std::integer_sequence<int, lane...>) {
-  return shuffle<T, (lane + lanes<T> - 1)...>(before, v);
-}
-// One lane to the left, with the first of `after` behind.
-template <typename T, int... lane>
-FASTCONV_INLINE vec_t<T> moved_left(vec_t<T> v, vec_t<T> after, std::integer_sequence<int, lane...>) {
-  return shuffle<T, (lane + 1)...>(v, after);
-}
 
 // NCHW: a row of W elements of dx, of which `room` can be written, out of tap r_here of `here` and, unless null, the
 // last of `above`. Columns 2j and 2j + 1 are the even and the odd column w' of window j or, with padding, the odd one

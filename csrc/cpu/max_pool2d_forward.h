@@ -89,10 +89,10 @@ FASTCONV_INLINE mask_t<T> columns_from(int64_t start) {
   return stride == 2 ? in_order(columns) : columns;  // which is its own inverse
 }
 
-// Rows of x that are as many bytes as arrive while the first of them is waited for.
+// Rows of x that are as many bytes as are asked of memory ahead of their use.
 template <typename T>
 FASTCONV_INLINE int64_t rows_ahead(int64_t W) {
-  return ceil_div(4096 / int64_t(sizeof(T)), W);
+  return ceil_div(prefetch_bytes / int64_t(sizeof(T)), W);
 }
 
 // y = the windows [begin, end) of one output row. Those in [inner_begin, inner_end) have every column inside x; all
@@ -139,7 +139,7 @@ FASTCONV_INLINE void forward_row(const MaxPool2dProblem& p, const T* plane, cons
       if (first < first_read || first + span > last_read) break;
       for (int64_t r = row_count - min_of(row_count, new_rows); r < row_count; ++r)
         for (int64_t i = 0; i < stride * lanes<T>; i += 64 / int64_t(sizeof(T)))
-          __builtin_prefetch(first + ahead + r * W + i);
+          __builtin_prefetch(first + ahead + r * W + i, 0, 2);
       const bool over_edge = taps && (q < inner_begin || min_of(q + lanes<T>, end) > inner_end);
       const Best<T> best = over_edge ? scan_vector(first, true) : scan_vector(first, false);
       store(y + q - begin, stride == 2 ? in_order(best.value) : best.value);

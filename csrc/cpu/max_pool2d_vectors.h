@@ -1,6 +1,8 @@
 // Max pooling: vectors of strided elements and of window offsets, and how the work is cut.
 #pragma once
 
+#include <utility>
+
 #include "isa.h"
 
 #if defined(__SSE2__)
@@ -12,6 +14,7 @@ namespace {
 
 constexpr int64_t task_elements = 1 << 14;    // outputs (or elements of dx) of a task
 constexpr int64_t segment_columns = 1 << 12;  // NCHW: a row longer than this is done in segments
+constexpr int64_t prefetch_bytes = 8192;      // NCHW: of x, asked of memory ahead of their use, into the second cache
 
 // A walk over planes of rows × columns.
 struct Walk {
@@ -102,6 +105,17 @@ FASTCONV_INLINE vec_t<double> high_pairs(vec_t<double> a, vec_t<double> b) {
 }
 #endif
 
+// One lane to the right, with the last of `before` in front.
+template <typename T, int... lane>
+FASTCONV_INLINE vec_t<T> moved_right(vec_t<T> before, vec_t<T> v, std::integer_sequence<int, lane...>) {
+  return shuffle<T, (lane + lanes<T> - 1)...>(before, v);
+}
+// One lane to the left, with the first of `after` behind.
+template <typename T, int... lane>
+FASTCONV_INLINE vec_t<T> moved_left(vec_t<T> v, vec_t<T> after, std::integer_sequence<int, lane...>) {
+  return shuffle<T, (lane + 1)...>(v, after);
+}
+
 // p[0], p[stride], …: `stride` is 1, 2 or, for any other, 0: then it is `step`.
 template <int stride, typename T>
 FASTCONV_INLINE vec_t<T> load_strided(const T* p, int64_t step) {
@@ -123,6 +137,21 @@ FASTCONV_INLINE vec_t<T> load_tap(const T* p, int64_t s, int64_t step) {
 template <int stride>
 FASTCONV_INLINE int64_t elements_read(int64_t lanes, int64_t step) {
   return stride == 0 ? (lanes - 1) * step + 1 : stride * lanes;
+}
+
+// All taps of windows two apart, p[s], p[s + 2], … for each s.
+template <int taps, typename T>
+FASTCONV_INLINE void load_taps(const T* p, vec_t<T>* v) {
+#if defined(__AVX512F__)
+  vec_t<T> low = load(p), high = load(p + lanes<T>);
+  asm("" : "+v"(low), "+v"(high));  // loaded once, not for each use: most loads cross a cache line
+  v[0] = even(low, high);
+  v[1] = odd(low, high);
+  if constexpr (taps == 3)
+    v[2] = moved_left<T>(v[0], broadcast<T>(to_acc(p[2 * lanes<T>])), std::make_integer_sequence<int, lanes<T>>());
+#else
+  for (int s = 0; s < taps; ++s) v[s] = load_tap<2>(p, s, 2);
+#endif
 }
 
 // 0, 1, 2, …
@@ -148,6 +177,14 @@ FASTCONV_INLINE bool any(M mask) {
   for (const uint64_t word : words) bits |= word;
   return bits != 0;
 #endif
+}
+
+template <typename T>
+FASTCONV_INLINE bool has_nan(vec_t<T> v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(acc_t<T>) == 4) return _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q) != 0;
+#endif
+  return any(v != v);
 }
 
 // `tap` in every lane.
@@ -209,6 +246,13 @@ FASTCONV_INLINE void store_offsets(Offset* p, mask_t<T> v) {
 #endif
   const auto narrow = __builtin_convertvector(v, typename OffsetVector<T, Offset>::type);
   memcpy(p, &narrow, sizeof narrow);
+}
+
+template <typename T, typename Offset>
+__attribute__((noinline)) void store_first_offsets(Offset* p, mask_t<T> v, int64_t count) {
+  Offset all[lanes<T>];
+  store_offsets<T>(all, v);
+  memcpy(p, all, size_t(count) * sizeof(Offset));
 }
 
 }  // namespace
