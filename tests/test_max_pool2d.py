@@ -240,6 +240,16 @@ def test_large(native_backend, case, layout):
         check_gradient(native_backend, x, case.window)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [96, 112, 113])
+def test_gradients_of_more_than_the_caches_hold(native_backend, width, dtype):
+    """Of rows of whole cache lines, of which the last vector has one or two, and of other rows."""
+    height = 25 * 2**20 // (8 * width * dtype.itemsize)
+    for taps, padding in ((3, 1), (2, 0)):
+        x = torch.randint(0, 9, (1, 8, height, width)).to(dtype)
+        check_gradient(native_backend, x, (taps, 2, padding, 1, False))
+
+
 @pytest.mark.parametrize(
     ("kernel", "dtype"), [((16, 16), torch.uint8), ((16, 17), torch.uint16), ((256, 257), torch.uint32)]
 )

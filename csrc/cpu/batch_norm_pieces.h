@@ -19,7 +19,6 @@ bool is_nhwc(const BatchNormProblem& p) { return p.L == 1 || (p.layout == Layout
 
 // Whether the last of a call's tensors is written past the caches: if they do not fit into them together, and rows are
 // whole lines.
-constexpr int64_t cache_bytes = 24 << 20;
 bool goes_past_caches(const BatchNormProblem& p, int tensors) {
   const int64_t bytes = element_bytes(p.dtype), row = is_nhwc(p) ? p.C : p.L;
   return row * bytes % 64 == 0 && tensors * p.x_elements() * bytes > cache_bytes;

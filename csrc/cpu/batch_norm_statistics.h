@@ -1,13 +1,7 @@
 // BatchNorm: how a channel's sums are merged, and what becomes of them.
 #pragma once
 
-#include <type_traits>
-
-#include "isa.h"
-
-#if defined(__SSE2__)
-#include <emmintrin.h>
-#endif
+#include "past_caches.h"
 
 namespace fastconv::cpu {
 namespace {
@@ -16,35 +10,6 @@ constexpr int samples = 8;                   // for a chunk's shift; a power of 
 constexpr double worst_cancellation = 0.25;  // of s2 must be left
 
 constexpr int64_t prefetch_elements = 1024;  // asked of memory before they are used
-
-// Stores a register; if `past_caches`, to memory at once, without reading the line first. Then p is aligned to a
-// register, the lines are written whole, and end_stores() has to follow.
-template <typename T>
-FASTCONV_INLINE void store_to(T* p, vec_t<T> v, bool past_caches) {
-#if defined(__SSE2__)
-  if constexpr (std::is_same_v<T, acc_t<T>>) {
-    if (past_caches) {
-#if defined(__AVX512F__)
-      return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v);
-#elif defined(__AVX2__)
-      return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)v);
-#else
-      return _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)v);
-#endif
-    }
-  }
-#endif
-  store(p, v);
-}
-FASTCONV_INLINE void end_stores(bool past_caches) {
-#if defined(__SSE2__)
-  if (past_caches) _mm_sfence();
-#endif
-}
-template <typename T>
-FASTCONV_INLINE bool is_aligned(const T* p) {
-  return reinterpret_cast<uintptr_t>(p) % vector_bytes == 0;
-}
 
 // A channel's values so far.
 struct Moments {

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "max_pool2d_vectors.h"
+#include "past_caches.h"
 
 namespace fastconv::cpu {
 namespace {
@@ -48,11 +49,11 @@ struct WindowRow {
 };
 
 // NCHW: a row of W elements of dx, of which `room` can be written, out of tap r_here of `here` and, unless null, the
-// last of `above`. Columns 2j and 2j + 1 are the even and the odd column w' of window j or, with padding, the odd one
-// of window j and the even one of window j + 1.
+// last of `above`. Past the caches `room` is W, in whole lines. Columns 2j and 2j + 1 are the even and the odd column
+// w' of window j or, with padding, the odd one of window j and the even one of window j + 1.
 template <int taps, bool padded, typename T>
 FASTCONV_INLINE void backward_row(T* dx, int64_t W, int64_t room, const WindowRow<T>& here, int64_t r_here,
-                                  const WindowRow<T>* above) {
+                                  const WindowRow<T>* above, bool past_caches) {
   constexpr int64_t V = lanes<T>, r_above = taps - 1;
   constexpr std::make_integer_sequence<int, lanes<T>> all;
   struct Sums {
@@ -84,8 +85,10 @@ FASTCONV_INLINE void backward_row(T* dx, int64_t W, int64_t room, const WindowRo
     const vec_t<T> first = padded ? sums.tap[1] : even, second = padded ? even : sums.tap[1];
     const int64_t count = room - 2 * j;
     if (count >= 2 * V) {
-      store(dx + 2 * j, low_pairs(first, second));
-      store(dx + 2 * j + V, high_pairs(first, second));
+      store_to(dx + 2 * j, low_pairs(first, second), past_caches);
+      store_to(dx + 2 * j + V, high_pairs(first, second), past_caches);
+    } else if (past_caches) {
+      store_to(dx + 2 * j, low_pairs(first, second), true);  // the one line that is left
     } else {
       store_first(dx + 2 * j, low_pairs(first, second), min_of(count, V));
       store_first(dx + 2 * j + V, high_pairs(first, second), max_of<int64_t>(count - V, 0));
@@ -95,11 +98,19 @@ FASTCONV_INLINE void backward_row(T* dx, int64_t W, int64_t room, const WindowRo
   }
 }
 
+// Whether dx is written past the caches: if they do not hold all of the call, and its rows are whole lines.
+template <typename T>
+bool goes_past_caches(const MaxPool2dProblem& p, const T* dx) {
+  const int64_t size = sizeof(T), bytes = (p.x_elements() + p.y_elements()) * size + p.y_elements();
+  return bytes > cache_bytes && p.W * size % 64 == 0 && reinterpret_cast<uintptr_t>(dx) % 64 == 0;
+}
+
 template <int taps, bool padded, typename T>
 void backward_nchw_stride_2(const MaxPool2dProblem& problem, const T* dy, const uint8_t* offsets, T* dx,
                             const Parallel& parallel) {
   const int64_t pairs = (problem.H + problem.pad_h + 1) / 2, units = problem.N * problem.C * pairs;
   const int64_t units_per_task = ceil_div(task_elements, 2 * problem.W);
+  const bool past_caches = goes_past_caches(problem, dx);
   for_each_task(parallel, ceil_div(units, units_per_task), [&](int, int64_t task) {
     const MaxPool2dProblem p = problem;  // a copy of its own, which no store can alias
     const auto row_of = [&](int64_t plane, int64_t row) -> WindowRow<T> {
@@ -120,14 +131,16 @@ void backward_nchw_stride_2(const MaxPool2dProblem& problem, const T* dy, const 
       // One row after the other: the last vector hangs over into the next.
       if (h >= 0) {
         const WindowRow<T> above = row_of(walk.plane, i - 1);
-        backward_row<taps, padded>(to, p.W, to_end - to, here, 0, taps == 3 ? &above : nullptr);
+        backward_row<taps, padded>(to, p.W, past_caches ? p.W : to_end - to, here, 0, taps == 3 ? &above : nullptr,
+                                   past_caches);
         to += p.W;
       }
       if (h + 1 < p.H) {
-        backward_row<taps, padded, T>(to, p.W, to_end - to, here, 1, nullptr);
+        backward_row<taps, padded, T>(to, p.W, past_caches ? p.W : to_end - to, here, 1, nullptr, past_caches);
         to += p.W;
       }
     }
+    end_stores(past_caches);
   });
 }
 
