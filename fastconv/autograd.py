@@ -31,9 +31,10 @@ def call(function, op, differentiable, args):
     if not compiling and (forward_ad._current_level >= 0 or are_functorch_transforms_active()):
         return function.transformable.apply(*(Leaf(a) if isinstance(a, (tuple, list)) else a for a in args))
     if is_grad_enabled():
-        for tensor in args[:differentiable]:
-            if tensor is not None and tensor.requires_grad:
-                if compiling or is_functorch_wrapped_tensor(tensor):
+        tensors = [tensor for tensor in args[:differentiable] if tensor is not None]
+        for tensor in tensors:
+            if tensor.requires_grad:
+                if compiling or any(map(is_functorch_wrapped_tensor, tensors)):
                     return function.apply(*args)
                 # That method looks in Python for what was ruled out above, and calls this one.
                 return super(Function, function).apply(*args)

@@ -143,8 +143,7 @@ FASTCONV_INLINE int64_t elements_read(int64_t lanes, int64_t step) {
 template <int taps, typename T>
 FASTCONV_INLINE void load_taps(const T* p, vec_t<T>* v) {
 #if defined(__AVX512F__)
-  vec_t<T> low = load(p), high = load(p + lanes<T>);
-  asm("" : "+v"(low), "+v"(high));  // loaded once, not for each use: most loads cross a cache line
+  const vec_t<T> low = load(p), high = load(p + lanes<T>);
   v[0] = even(low, high);
   v[1] = odd(low, high);
   if constexpr (taps == 3)
