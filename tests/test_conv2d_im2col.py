@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from test_conv2d import Case, check, check_relu
+from references import conv2d_gradients
+from test_conv2d import Case, check, check_relu, inputs_of
 
 import fastconv
 
@@ -27,6 +28,10 @@ CASES = [
     Case("sums in pieces", (3, 16, 40, 41), (35, 16, 1, 1)),
     Case("sums in pieces of many filters", (2, 5, 24, 25), (150, 5, 1, 1)),
     Case("one tap, padded", (2, 20, 9, 11), (40, 20, 1, 1), padding=(1, 2)),
+    Case("one tap, many filters, images joined", (5, 70, 7, 7), (520, 70, 1, 1)),
+    Case("one tap, many filters, a part of a row", (1, 65, 2, 300), (513, 65, 1, 1)),
+    Case("one tap, many filters, blocks of images", (3, 520, 10, 11), (257, 520, 1, 1)),
+    Case("one tap, many filters, groups", (2, 140, 9, 8), (1024, 70, 1, 1), groups=2),
     Case("wide enough for two blocks of channels", (1, 18, 13, 14), (270, 18, 3, 3), padding=(1, 0)),
 ]
 LAYOUTS = ("contiguous", "channels_last")
@@ -67,11 +72,30 @@ def test_relu_in_the_same_pass(cpu, case, layout):
 
 
 def test_the_bits_do_not_depend_on_threads(cpu, threads):
-    """Vectors end with the planes of y: those of a neighbour are another task's."""
+    """Vectors end with the planes of y and dx, and with the rows of dw: those of a neighbour are another task's."""
     for case in CASES:
         torch.manual_seed(0)
-        x, w, b = torch.randn(case.x), torch.randn(case.w), torch.randn(case.w[0])
-        threads(1)
-        expected = fastconv.conv2d(x, w, b, *case.config, algo="im2col")
-        threads(3)
-        assert torch.equal(fastconv.conv2d(x, w, b, *case.config, algo="im2col"), expected)
+        tensors = inputs_of(case, torch.float32)
+
+        def results(count, case=case, tensors=tensors):
+            threads(count)
+            return conv2d_gradients(lambda *t: fastconv.conv2d(*t, *case.config, algo="im2col"), *tensors)
+
+        for name, expected, actual in zip(("y", "dx", "dw", "db"), results(1), results(3), strict=True):
+            assert torch.equal(actual, expected), (case, name)
+
+
+def test_the_gradients_of_many_filters_go_along_channels():
+    """The plan says so, and they take no copy of any tensor."""
+
+    def plan(filters, direction, **config):
+        x, w = torch.empty(64, 512, 7, 7, device="meta"), torch.empty(filters, 512, 1, 1, device="meta")
+        return fastconv.plan(x, w, direction=direction, arch="cpu", **config)
+
+    for direction, fewest in (("dgrad", 512), ("wgrad", 256)):
+        assert "along the pixels" in str(plan(fewest - 1, direction))
+        assert "along the pixels" in str(plan(fewest, direction, stride=2))
+        assert "along the channels" in str(plan(fewest, direction))
+        many = plan(2048, direction)
+        assert many.workspace_bytes == 0 and many.scratch_bytes < 2**20
+    assert "along the pixels" in str(plan(2048, "fprop"))

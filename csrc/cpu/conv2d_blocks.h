@@ -129,6 +129,15 @@ inline bool windows_in_place(const Conv2dProblem& p, Direction direction) {
          p.pad_h == 0 && p.pad_w == 0 && (direction == Direction::dgrad || (p.stride_h == 1 && p.stride_w == 1));
 }
 
+// 1×1 filters in NCHW: whether a gradient is computed with rows and columns exchanged, vectors along the channels of x.
+// What is transposed for that is little where it is used for many filters.
+inline bool exchanges_operands(const Conv2dProblem& p, Direction direction) {
+  if (direction == Direction::fprop || !windows_in_place(p, direction) || p.stride_h != 1 || p.stride_w != 1)
+    return false;
+  if (direction == Direction::wgrad) return p.filters_per_group() >= 256;
+  return p.filters_per_group() >= 512 && p.channels_per_group() >= 64;
+}
+
 // fprop and dgrad along pixels: whether the filters are read where they lie, every tap being multiplied at once.
 inline bool filters_in_place(const Conv2dProblem& p, Direction direction) {
   return (p.dtype == DType::float32 || p.dtype == DType::float64) && (p.layout == Layout::NCHW || p.R * p.S == 1) &&
@@ -163,7 +172,11 @@ inline Scratch gather_scratch(const Conv2dProblem& p, const Conv2dPlan& plan) {
   const Phases phases = phases_of(p, plan.direction);
   const Axis &rows = phases.largest_rows, &cols = phases.largest_cols;
   Scratch s{};
-  if (along_pixels(p, plan.direction)) {
+  if (exchanges_operands(p, plan.direction)) {
+    const PixelBlock block = gather_block(p.N, rows.outputs, cols.outputs, plan.tile_n);
+    s.c = max_panel_cols * plan.tile_k + slack;
+    s.end = s.c + block.pixels() * whole_panels(plan.tile_m) + slack;
+  } else if (along_pixels(p, plan.direction)) {
     const PixelBlock block = gather_block(p.N, rows.outputs, cols.outputs, plan.tile_n);
     const DepthBlock depth = depth_block(contracted_channels(p, plan.direction), rows.taps * cols.taps, plan.tile_k);
     const Lines lines = choose_lines(rows, cols, block, produced_channels(p, plan.direction));
@@ -192,7 +205,14 @@ inline Scratch gather_scratch(const Conv2dProblem& p, const Conv2dPlan& plan) {
 // and columns are patch elements (r, s, c). tile_k = pixels.
 inline Scratch wgrad_scratch(const Conv2dProblem& p, const Conv2dPlan& plan) {
   Scratch s{};
-  if (along_pixels(p, plan.direction)) {
+  if (exchanges_operands(p, plan.direction)) {
+    const PixelBlock block = pixel_block(p.N, p.P, p.Q, plan.tile_k);
+    s.rows = 2 * plan.tile_m * block.n;  // a pointer takes two floats
+    s.stage = s.rows + 2 * plan.tile_m + slack;
+    s.b = s.stage + plan.tile_m + slack;
+    s.c = s.b + whole_panels(plan.tile_n) * block.pixels() + slack;
+    s.end = s.c + plan.tile_m * whole_panels(plan.tile_n) + slack;
+  } else if (along_pixels(p, plan.direction)) {
     const PixelBlock block = pixel_block(p.N, p.P, p.Q, plan.tile_k);
     const DepthBlock patch = depth_block(p.channels_per_group(), p.R * p.S, plan.tile_m);
     const Lines lines = joins_rows(block.j) ? Lines::images : Lines::rows;

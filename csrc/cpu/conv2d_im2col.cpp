@@ -14,6 +14,7 @@
 #include <type_traits>
 
 #include "conv2d_im2col_channels.h"
+#include "conv2d_im2col_one_tap.h"
 #include "conv2d_im2col_pixels.h"
 #include "conv2d_im2col_pixels_wgrad.h"
 #include "conv2d_stem_blocks.h"
@@ -43,6 +44,10 @@ void dgrad(const Conv2dProblem& problem, const Conv2dPlan& plan, const void* dy,
     return FASTCONV_ISA::conv2d_stem.dgrad(problem, plan, dy, w, dx, workspace, scratch, parallel);
   dispatch(problem.dtype, [&](auto element) {
     using T = decltype(element);
+    if constexpr (std::is_same_v<T, acc_t<T>>) {
+      if (exchanges_operands(problem, plan.direction))
+        return dgrad_one_tap(problem, plan, (const T*)dy, (const T*)w, (T*)dx, (char*)scratch, parallel);
+    }
     const auto run = along_pixels(problem, plan.direction) ? dgrad_pixels<T> : dgrad_channels<T>;
     run(problem, plan, (const T*)dy, (const T*)w, (T*)dx, workspace, (char*)scratch, parallel);
   });
@@ -56,8 +61,12 @@ void wgrad(const Conv2dProblem& problem, const Conv2dPlan& plan, const void* dy,
     using T = decltype(element);
     const WgradOut<T> out{(T*)dw, (T*)db, plan.split > 1 ? (acc_t<T>*)workspace : nullptr, problem.w_elements(),
                           problem.K};
-    const bool along = along_pixels(problem, plan.direction);
-    const auto run = along ? wgrad_pixels<T> : wgrad_channels<T>;
+    const bool exchanged = exchanges_operands(problem, plan.direction);
+    const bool along = !exchanged && along_pixels(problem, plan.direction);
+    auto run = along ? wgrad_pixels<T> : wgrad_channels<T>;
+    if constexpr (std::is_same_v<T, acc_t<T>>) {
+      if (exchanged) run = wgrad_one_tap<T>;
+    }
     run(problem, plan, (const T*)dy, (const T*)x, out, (char*)scratch, parallel);
     if (plan.split > 1 && along) add_transposed_pieces(problem, out, plan.split, parallel);
     if (plan.split > 1 && !along) add_pieces(out, plan.split, parallel);

@@ -15,22 +15,23 @@
 namespace fastconv::cpu {
 namespace {
 
-// panels[panel][pixel][lane] = dy[panel·panel_cols + lane][pixel] for `length` neighbouring pixels from dy.at(…) on.
+// panels[panel][pixel][lane] = planes[panel·panel_cols + lane][pixel] for `length` neighbouring pixels.
 template <typename T>
-void pack_dy(const T* dy, int64_t channel_pitch, int64_t col_pitch, int64_t filter_count, int64_t length, acc_t<T>* out,
-             int64_t panel_pitch) {
+void pack_planes(const T* planes, int64_t channel_pitch, int64_t col_pitch, int64_t channels, int64_t length,
+                 acc_t<T>* out, int64_t panel_pitch) {
   constexpr int64_t cols = panel_cols<acc_t<T>>;
-  for (int64_t k = 0; k < filter_count; k += cols, out += panel_pitch) {
-    const int64_t width = min_of(cols, filter_count - k);
+  for (int64_t ch = 0; ch < channels; ch += cols, out += panel_pitch) {
+    const int64_t width = min_of(cols, channels - ch);
     if (col_pitch == 1) {
       constexpr int64_t step = 64 / int64_t(sizeof(T));
       for (int64_t i = 0; i < length; i += step) {
-        for (int64_t row = k + cols; row < min_of(k + 2 * cols, filter_count); ++row)  // the next panel
-          __builtin_prefetch(dy + row * channel_pitch + i);
-        transpose(dy + k * channel_pitch + i, channel_pitch, width, min_of(step, length - i), out + i * cols, cols);
+        for (int64_t row = ch + cols; row < min_of(ch + 2 * cols, channels); ++row)  // the next panel
+          __builtin_prefetch(planes + row * channel_pitch + i);
+        transpose(planes + ch * channel_pitch + i, channel_pitch, width, min_of(step, length - i), out + i * cols,
+                  cols);
       }
     } else {
-      for (int64_t i = 0; i < length; ++i) copy_strided(dy + i * col_pitch + k, 1, out + i * cols, width);
+      for (int64_t i = 0; i < length; ++i) copy_strided(planes + i * col_pitch + ch, 1, out + i * cols, width);
     }
   }
 }
@@ -158,8 +159,8 @@ void wgrad_pixels(const Conv2dProblem& pr, const Conv2dPlan& plan, const T* dy_d
       const int64_t dy_lines = j_count == pr.Q ? 1 : i_count, dy_line = i_count * j_count / dy_lines;
       for (int64_t n = 0; n < n_count; ++n)
         for (int64_t i = 0; i < dy_lines; ++i)
-          pack_dy(dy.at(n0 + n, group * kg + k0, i0 + i, j0), dy.channel, dy.col, k_count, dy_line,
-                  b + (n * dy_lines + i) * dy_line * panel_cols<E>, b_panel);
+          pack_planes(dy.at(n0 + n, group * kg + k0, i0 + i, j0), dy.channel, dy.col, k_count, dy_line,
+                      b + (n * dy_lines + i) * dy_line * panel_cols<E>, b_panel);
       const PiecesOut<E> sums{c,       c_row,   index > first, index == end - 1 ? partial : nullptr, partial_rows,
                               k_count, nullptr, false};
       multiply_pieces<E>(m_count, panels, lines, line, a, m_count, b, b_panel, sums);

@@ -60,7 +60,8 @@ Algo choose(const Conv2dProblem& p, Direction direction, Reasons* reasons) {
     reasons->push_back({Algo::im2col, false, "products with so few rows or columns would leave registers idle"});
     reasons->push_back({Algo::depthwise, false, rejection(p, Algo::depthwise)});
   } else {
-    const std::string along = along_pixels(p, direction) ? "pixels" : "channels";
+    const bool pixels = along_pixels(p, direction) && !exchanges_operands(p, direction);
+    const std::string along = pixels ? "pixels" : "channels";
     const char* stem = direction == Direction::dgrad
                            ? "few channels: every pixel of dy times every tap, added up in the rows of dx"
                            : "few channels: windows are read in place, vectors along the filters";

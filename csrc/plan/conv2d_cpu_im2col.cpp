@@ -23,7 +23,8 @@ void plan_gather(const Conv2dProblem& p, Conv2dPlan& plan) {
     return blocks * pieces_of(produced, channels) * p.groups;
   };
   int64_t pixels = 224, fewer_pixels = 112, channels = along && taps == 1 && contracted <= 288 ? 256 : 128;
-  int64_t depth = !along && patches_in_place(p, plan.direction) ? 1152 : 288;
+  const bool exchanged = exchanges_operands(p, plan.direction);
+  int64_t depth = exchanged ? 128 : !along && patches_in_place(p, plan.direction) ? 1152 : 288;
   if (multiplies_bfloat16(p, plan.direction)) {  // half the bytes, and filters that are packed once
     pixels = 96;
     fewer_pixels = p.layout == Layout::NCHW ? 64 : 48;  // panels of pixels, or tiles
@@ -42,7 +43,7 @@ void plan_gather(const Conv2dProblem& p, Conv2dPlan& plan) {
   if (tasks(pixels, channels) < enough_tasks / 2) channels = 32;
   plan.tile_k = int(std::max<int64_t>(1, std::min(contracted * taps, depth)));
   if (along) {
-    plan.tile_m = int(balanced(produced, channels));
+    plan.tile_m = int(exchanged ? std::min(channels, whole_panels(produced)) : balanced(produced, channels));
     plan.tile_n = int(pixels);
     if (!filters_in_place(p, plan.direction)) plan.workspace_bytes = aligned(p.w_elements() * sum_bytes(p));
   } else {
@@ -70,6 +71,11 @@ void plan_wgrad(const Conv2dProblem& p, Conv2dPlan& plan) {
     block = pairs ? 128 : 112;
     width = pairs ? 128 : 64;
   }
+  const bool exchanged = exchanges_operands(p, plan.direction);
+  if (exchanged) {
+    patch = 64;
+    width = pieces_of(depth, patch) * pieces_of(filters, 512) * p.groups < enough_tasks ? 256 : 512;
+  }
   const int64_t tasks = pieces_of(depth, patch) * pieces_of(filters, width) * p.groups;
   const int64_t all = p.N * p.P * p.Q, wanted = enough_tasks / std::max<int64_t>(tasks, 1);
   int64_t pixels = along ? pixel_block(p.N, p.P, p.Q, block).pixels() : balanced(all, block);
@@ -79,7 +85,10 @@ void plan_wgrad(const Conv2dProblem& p, Conv2dPlan& plan) {
     pixels = balanced(pieces_of(all, split), block);
   }
   plan.tile_k = int(along ? block : pixels);
-  if (along) {
+  if (exchanged) {
+    plan.tile_m = int(balanced(filters, width));
+    plan.tile_n = int(std::min(patch, whole_panels(depth)));
+  } else if (along) {
     plan.tile_m = int(patch);
     plan.tile_n = int(std::min(width, whole_panels(filters)));
   } else {
