@@ -116,10 +116,10 @@ def verdict(row):
     """The check's column: the largest of the errors, or what went wrong."""
     if row["failure"]:
         return row["failure"]
-    wrong = [v for v, errors in row["check"].items()
-             if not all(e <= b for e, b in zip(errors, row["bounds"], strict=True))]  # fmt: skip
+    wrong = {v: (e, b) for v, errors in row["check"].items() for e, b in zip(errors, row["bounds"], strict=True)
+             if not e <= b}  # fmt: skip
     if wrong:
-        return f"WRONG {', '.join(wrong)}: {row['check']}, bounds {row['bounds']}"
+        return f"WRONG {', '.join(wrong)}: {', '.join(f'{e:.0e} > {b:.0e}' for e, b in wrong.values())}"
     return f"ok {max(error for errors in row['check'].values() for error in errors):.0e}"
 
 
