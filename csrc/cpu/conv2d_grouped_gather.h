@@ -2,9 +2,9 @@
 //
 //   out[position][lane] = bias[lane] + Σ_{tap, channel} weights[tap][channel][lane] · source[position + tap][channel]
 //
-// where `channel` counts those of the lane's group. A task packs the weights of a block of channels and passes over some
-// boxes of rows with them: each row of the source is staged once in a box, when the first output row reads it. dgrad
-// writes its column phases between each other.
+// where `channel` counts those of the lane's group. A task packs the weights of a block of channels and passes over
+// some boxes of rows with them: each row of the source is staged once in a box, when the first output row reads it.
+// dgrad writes its column phases between each other.
 #pragma once
 
 #include "conv2d_grouped_rows.h"
