@@ -27,6 +27,7 @@ void plan_grouped(const Conv2dProblem& p, Conv2dPlan& plan) {
     const int64_t tasks = std::max<int64_t>(p.N * blocks * pieces_of(cols, plan.tile_n), 1);
     plan.tile_m = int(balanced(rows, std::max<int64_t>(pieces_of(rows, pieces_of(enough_tasks, tasks)), 4)));
     const int64_t boxes = std::max<int64_t>(p.N * pieces_of(rows, plan.tile_m) * pieces_of(cols, plan.tile_n), 1);
+    // Boxes of a task, which packs its weights anew.
     plan.tile_k = int(pieces_of(boxes, std::clamp<int64_t>(4 * enough_tasks / blocks, 1, boxes)));
     plan.workspace_bytes = (phases.rows + phases.cols) * int64_t(sizeof(Axis));
   }
