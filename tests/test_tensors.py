@@ -1,4 +1,7 @@
-"""Tensors out of the ordinary: two devices, subclasses, shared memory, arguments that alias, changes in place."""
+"""Tensors out of the ordinary: two devices, subclasses, shared memory, arguments that alias, changes in place, sizes
+of many pages."""
+
+from pathlib import Path
 
 import pytest
 import torch
@@ -169,3 +172,28 @@ def test_results_may_change_in_place():
         library.max_pool2d(y, 2).mul_(3).square().sum().backward()
         results.append(leaf.grad)
     torch.testing.assert_close(*results, rtol=1e-10, atol=1e-10)
+
+
+HUGE_PAGE = 2**21
+
+
+def flags_of_memory(begin, end):
+    """Of each mapping of this process that overlaps [begin, end): what /proc/self/smaps calls VmFlags."""
+    found, overlaps = [], False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name = line.split()[0]
+        if "-" in name and not name.endswith(":"):
+            first, last = (int(part, 16) for part in name.split("-"))
+            overlaps = first < end and begin < last
+        elif name == "VmFlags:" and overlaps:
+            found.append(line.split()[1:])
+    return found
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="a kernel without huge pages")
+def test_large_results_ask_for_huge_pages():
+    x = torch.zeros(1, 1, 2560, 2560)
+    y = fastconv.avg_pool2d(x, 1)
+    begin, end = y.data_ptr(), y.data_ptr() + y.nbytes
+    flags = flags_of_memory(-(-begin // HUGE_PAGE) * HUGE_PAGE, end // HUGE_PAGE * HUGE_PAGE)
+    assert flags and all("hg" in of_mapping for of_mapping in flags)
