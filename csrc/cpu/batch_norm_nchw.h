@@ -59,7 +59,7 @@ Sums chunk_sums(const T* x, int64_t stride, const Chunk& chunk, acc_t<T> shift) 
     int64_t l = chunk.l_begin;
     for (; l + unroll * lanes<T> <= chunk.l_end; l += unroll * lanes<T>)
       for (int k = 0; k < unroll; ++k) {
-        __builtin_prefetch(row + l + k * lanes<T> + prefetch_elements);
+        prefetch(row + l + k * lanes<T> + prefetch_elements);
         add(k, load(row + l + k * lanes<T>));
       }
     for (; l + lanes<T> <= chunk.l_end; l += lanes<T>) add(0, load(row + l));
@@ -137,6 +137,8 @@ void add_gradient_sums(Sums& sums, const T* dy, const T* x, const T* y, T* dz, i
   vec_t<T> s1[unroll] = {}, s2[unroll] = {};
   double rest1 = 0, rest2 = 0;  // of the columns beyond the last whole vector
   const auto add = [&](int k, int64_t i) {
+    prefetch(x + i + prefetch_elements);
+    prefetch(dy + i + prefetch_elements);
     const vec_t<T> v = load(x + i);
     vec_t<T> g = load(dy + i);
     if constexpr (act == Act::relu) g = gradient_of_relu(g, (v - a.center) * a.scale + a.shift);

@@ -7,7 +7,8 @@ namespace fastconv::cpu {
 namespace {
 
 constexpr int64_t chunk_rows = 512;
-constexpr int64_t block_channels = 256;  // whose sums stay in the first-level cache
+template <typename T>
+constexpr int64_t block_channels = 4096 / sizeof(acc_t<T>);  // whose sums stay in the first-level cache
 
 // Element (row, channel) is at [row·stride + channel]. Rows are taken four at a time, so that a channel's sums and
 // coefficients are loaded once for four values; they lie far apart, since four streams come from memory faster than
@@ -25,7 +26,7 @@ void row_sums(const T* x, int64_t stride, int64_t rows, int64_t channels, const 
   for (int64_t row = 0; row < quarter; ++row, x += stride) {
     int64_t c = 0;
     for (; c + lanes<T> <= channels; c += lanes<T>) {
-      for (int k = 0; k < 4; ++k) __builtin_prefetch(x + k * step + ahead + c);
+      for (int k = 0; k < 4; ++k) prefetch(x + k * step + ahead + c);
       const vec_t<T> center = load(shift + c), a = load(x + c) - center, b = load(x + step + c) - center;
       const vec_t<T> d = load(x + 2 * step + c) - center, e = load(x + 3 * step + c) - center;
       store(s1 + c, load(s1 + c) + ((a + b) + (d + e)));
@@ -92,10 +93,10 @@ template <typename T>
 void row_moments(const T* x, int64_t stride, int64_t rows, int64_t channels, double* mean, double* m2) {
   for (int64_t c = 0; c < channels; ++c) mean[c] = m2[c] = 0;
   for (int64_t begin = 0; begin < rows; begin += chunk_rows)
-    for (int64_t first = 0; first < channels; first += block_channels) {
-      const int64_t chunk = min_of(chunk_rows, rows - begin), n = min_of(block_channels, channels - first);
+    for (int64_t first = 0; first < channels; first += block_channels<T>) {
+      const int64_t chunk = min_of(chunk_rows, rows - begin), n = min_of(block_channels<T>, channels - first);
       const T* block = x + begin * stride + first;
-      acc_t<T> shift[block_channels], s1[block_channels], s2[block_channels];
+      acc_t<T> shift[block_channels<T>], s1[block_channels<T>], s2[block_channels<T>];
       const auto sums_are_sound = [&] {
         row_sums(block, stride, chunk, n, shift, s1, s2);
         return all_sound(s1, s2, n, acc_t<T>(chunk));
@@ -137,10 +138,10 @@ void row_gradient_sums(const T* dy, const T* x, const T* y, T* dz, int64_t strid
                        const AffineRow<acc_t<T>>& a, double* sum_dy, double* sum_dyx) {
   for (int64_t c = 0; c < channels; ++c) sum_dy[c] = sum_dyx[c] = 0;
   for (int64_t begin = 0; begin < rows; begin += chunk_rows)
-    for (int64_t first = 0; first < channels; first += block_channels) {
-      const int64_t end = min_of(begin + chunk_rows, rows), n = min_of(block_channels, channels - first);
+    for (int64_t first = 0; first < channels; first += block_channels<T>) {
+      const int64_t end = min_of(begin + chunk_rows, rows), n = min_of(block_channels<T>, channels - first);
       const AffineRow<acc_t<T>> block = a.from(first);
-      acc_t<T> s1[block_channels] = {}, s2[block_channels] = {};
+      acc_t<T> s1[block_channels<T>] = {}, s2[block_channels<T>] = {};
       const auto add_one = [&](int64_t i, int64_t c) {
         const acc_t<T> v = to_acc(x[i + c]);
         acc_t<T> g = to_acc(dy[i + c]);
@@ -162,8 +163,8 @@ void row_gradient_sums(const T* dy, const T* x, const T* y, T* dz, int64_t strid
           vec_t<T> g[4], v[4];
           for (int k = 0; k < 4; ++k) {
             const int64_t at = i + k * step + c;
-            __builtin_prefetch(dy + at + ahead);
-            __builtin_prefetch(x + at + ahead);
+            prefetch(dy + at + ahead);
+            prefetch(x + at + ahead);
             g[k] = load(dy + at);
             v[k] = load(x + at);
             if constexpr (act == Act::relu)
@@ -227,6 +228,8 @@ void apply_gradient_rows(const T* dy, const T* x, T* dx, int64_t stride, int64_t
     const bool past = past_caches && is_aligned(dx);
     int64_t c = 0;
     for (; c + lanes<T> <= channels; c += lanes<T>) {
+      prefetch(x + c + prefetch_elements);
+      prefetch(dy + c + prefetch_elements);
       const vec_t<T> centred = load(x + c) - load(a.center + c), x_hat = centred * load(b.invstd + c);
       vec_t<T> g = load(dy + c);
       if constexpr (act == Act::relu) g = gradient_of_relu(g, centred * load(a.scale + c) + load(a.shift + c));

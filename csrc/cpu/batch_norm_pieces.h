@@ -68,14 +68,13 @@ struct Pieces {
   }
 };
 
-// Runs rows(s, begin, end, first, n) for n channels in NHWC, chunks(s, begin, end, c) for one in NCHW, for every piece;
-// if backwards, those first that came last before: of these most is still in the cache.
+// Runs rows(s, begin, end, first, n) for n channels in NHWC, chunks(s, begin, end, c) for one in NCHW, for every piece,
+// in the order of for_each_task<backwards>.
 template <bool backwards, typename Rows, typename OneChannel>
 void for_each_piece(const Pieces& pieces, const Parallel& parallel, const Rows& rows, const OneChannel& chunks) {
   const int64_t width = pieces.nhwc ? wide_channels : 1, ranges = ceil_div(pieces.C, width);
   const int64_t tasks = pieces.split * ranges;
-  for_each_task(parallel, tasks, [&](int, int64_t i) {
-    const int64_t task = backwards ? tasks - 1 - i : i;
+  for_each_task<backwards>(parallel, tasks, [&](int, int64_t task) {
     const int64_t s = task / ranges, first = task % ranges * width;
     const Piece piece = pieces[s];
     if (pieces.nhwc)

@@ -9,7 +9,10 @@ namespace {
 constexpr int samples = 8;                   // for a chunk's shift; a power of two, so that equal values add exactly
 constexpr double worst_cancellation = 0.25;  // of s2 must be left
 
-constexpr int64_t prefetch_elements = 1024;  // asked of memory before they are used
+constexpr int64_t prefetch_elements = 2048;  // asked of memory before they are used
+
+// Asks for a line that is read later: into the second cache, for the first can wait for a few lines only.
+FASTCONV_INLINE void prefetch(const void* at) { __builtin_prefetch(at, 0, 2); }
 
 // A channel's values so far.
 struct Moments {

@@ -295,17 +295,18 @@ FASTCONV_INLINE void prefetch_lines(const T* from, int64_t count) {
 // Distributes tasks 0 … tasks−1 over the workers: task(worker, index). Each begins with a run of tasks of its own, far
 // from the others', so that its caches keep what one call after the other works on and no other's take lines from them;
 // then it helps with what is left. Which worker takes a task is left to chance, so a task must write its own outputs
-// only, and compute them in an order of its own: then the bits do not depend on it.
-template <typename Task>
+// only, and compute them in an order of its own: then the bits do not depend on it. If `backwards`, the last of a run
+// comes first: after a call with as many tasks that worked on the same, of that most is still in the worker's caches.
+template <bool backwards = false, typename Task>
 void for_each_task(const Parallel& parallel, int64_t tasks, const Task& task) {
   const int workers = int(tasks < parallel.workers ? tasks : parallel.workers);
   if (workers <= 1) {
-    for (int64_t i = 0; i < tasks; ++i) task(0, i);
+    for (int64_t i = 0; i < tasks; ++i) task(0, backwards ? tasks - 1 - i : i);
     return;
   }
   struct Run {
     alignas(64) int64_t next;
-    int64_t end;
+    int64_t begin, end;
   };
   struct Context {
     const Task& task;
@@ -313,12 +314,16 @@ void for_each_task(const Parallel& parallel, int64_t tasks, const Task& task) {
     Run run[32];
   };
   Context context{task, min_of(workers, 32), {}};
-  for (int k = 0; k < context.runs; ++k) context.run[k] = {tasks * k / context.runs, tasks * (k + 1) / context.runs};
+  for (int k = 0; k < context.runs; ++k) {
+    const int64_t begin = tasks * k / context.runs;
+    context.run[k] = {begin, begin, tasks * (k + 1) / context.runs};
+  }
   const auto body = [](int worker, void* opaque) {
     Context& c = *static_cast<Context*>(opaque);
     for (int k = 0; k < c.runs; ++k) {
       Run& run = c.run[(worker + k) % c.runs];
-      for (int64_t i; (i = __atomic_fetch_add(&run.next, 1, __ATOMIC_RELAXED)) < run.end;) c.task(worker, i);
+      for (int64_t i; (i = __atomic_fetch_add(&run.next, 1, __ATOMIC_RELAXED)) < run.end;)
+        c.task(worker, backwards ? run.begin + run.end - 1 - i : i);
     }
   };
   parallel.run(workers, body, &context);
