@@ -7,8 +7,7 @@ namespace fastconv::cpu {
 namespace {
 
 constexpr int64_t chunk_rows = 512;
-template <typename T>
-constexpr int64_t block_channels = 4096 / sizeof(acc_t<T>);  // whose sums stay in the first-level cache
+constexpr int64_t wide_channels = 1024;  // of a task: their sums stay in the first-level cache
 
 // Element (row, channel) is at [row·stride + channel]. Rows are taken four at a time, so that a channel's sums and
 // coefficients are loaded once for four values; they lie far apart, since four streams come from memory faster than
@@ -88,41 +87,40 @@ Moments exact_moments(const T* x, int64_t stride, int64_t rows) {
   return {double(rows), mean, m2};
 }
 
-// The mean and m2 of `rows` rows of `channels` channels.
+// The mean and m2 of `rows` rows of at most wide_channels channels.
 template <typename T>
 void row_moments(const T* x, int64_t stride, int64_t rows, int64_t channels, double* mean, double* m2) {
   for (int64_t c = 0; c < channels; ++c) mean[c] = m2[c] = 0;
-  for (int64_t begin = 0; begin < rows; begin += chunk_rows)
-    for (int64_t first = 0; first < channels; first += block_channels<T>) {
-      const int64_t chunk = min_of(chunk_rows, rows - begin), n = min_of(block_channels<T>, channels - first);
-      const T* block = x + begin * stride + first;
-      acc_t<T> shift[block_channels<T>], s1[block_channels<T>], s2[block_channels<T>];
-      const auto sums_are_sound = [&] {
-        row_sums(block, stride, chunk, n, shift, s1, s2);
-        return all_sound(s1, s2, n, acc_t<T>(chunk));
-      };
-      sample_rows(block, stride, chunk, n, shift);
-      bool sound = sums_are_sound();
-      if (!sound) {
-        for (int64_t i = 0; i < n; ++i)
-          if (!is_sound(s1[i], s2[i], chunk)) shift[i] = acc_t<T>(shift[i] + double(s1[i]) / chunk);
-        sound = sums_are_sound();
-      }
-      const double inverse = 1.0 / chunk, share = double(chunk) / (begin + chunk), weight = share * begin;
-      for (int64_t i = 0; i < n; ++i) {  // merge() with the same counts for all
-        const double d1 = s1[i], chunk_mean = shift[i] + d1 * inverse, rest = s2[i] - d1 * d1 * inverse;
-        const double delta = chunk_mean - mean[first + i];
-        mean[first + i] += delta * share;
-        m2[first + i] += (rest < 0 ? 0 : rest) + delta * delta * weight;
-      }
-      if (sound) continue;
-      for (int64_t i = 0; i < n; ++i)
-        if (!is_sound(s1[i], s2[i], chunk)) {  // that merge was in vain: all rows so far once more
-          const Moments exact = exact_moments(x + first + i, stride, begin + chunk);
-          mean[first + i] = exact.mean;
-          m2[first + i] = exact.m2;
-        }
+  for (int64_t begin = 0; begin < rows; begin += chunk_rows) {
+    const int64_t count = min_of(chunk_rows, rows - begin);
+    const T* chunk = x + begin * stride;
+    acc_t<T> shift[wide_channels], s1[wide_channels], s2[wide_channels];
+    const auto sums_are_sound = [&] {
+      row_sums(chunk, stride, count, channels, shift, s1, s2);
+      return all_sound(s1, s2, channels, acc_t<T>(count));
+    };
+    sample_rows(chunk, stride, count, channels, shift);
+    bool sound = sums_are_sound();
+    if (!sound) {
+      for (int64_t c = 0; c < channels; ++c)
+        if (!is_sound(s1[c], s2[c], count)) shift[c] = acc_t<T>(shift[c] + double(s1[c]) / count);
+      sound = sums_are_sound();
     }
+    const double inverse = 1.0 / count, share = double(count) / (begin + count), weight = share * begin;
+    for (int64_t c = 0; c < channels; ++c) {  // merge() with the same counts for all
+      const double d1 = s1[c], chunk_mean = shift[c] + d1 * inverse, rest = s2[c] - d1 * d1 * inverse;
+      const double delta = chunk_mean - mean[c];
+      mean[c] += delta * share;
+      m2[c] += (rest < 0 ? 0 : rest) + delta * delta * weight;
+    }
+    if (sound) continue;
+    for (int64_t c = 0; c < channels; ++c)
+      if (!is_sound(s1[c], s2[c], count)) {  // that merge was in vain: all rows so far once more
+        const Moments exact = exact_moments(x + c, stride, begin + count);
+        mean[c] = exact.mean;
+        m2[c] = exact.m2;
+      }
+  }
 }
 
 // The affine of neighbouring channels; scale and shift are null where they are not asked for.
@@ -132,62 +130,61 @@ struct AffineRow {
   AffineRow from(int64_t c) const { return {center + c, scale ? scale + c : nullptr, shift ? shift + c : nullptr}; }
 };
 
-// sum_dy = Σ dz, sum_dyx = Σ dz·(x − mean) of `rows` rows of `channels` channels; dz as in add_gradient_sums.
+// sum_dy = Σ dz, sum_dyx = Σ dz·(x − mean) of `rows` rows of at most wide_channels channels; dz as in
+// add_gradient_sums.
 template <Act act, typename T>
 void row_gradient_sums(const T* dy, const T* x, const T* y, T* dz, int64_t stride, int64_t rows, int64_t channels,
                        const AffineRow<acc_t<T>>& a, double* sum_dy, double* sum_dyx) {
   for (int64_t c = 0; c < channels; ++c) sum_dy[c] = sum_dyx[c] = 0;
-  for (int64_t begin = 0; begin < rows; begin += chunk_rows)
-    for (int64_t first = 0; first < channels; first += block_channels<T>) {
-      const int64_t end = min_of(begin + chunk_rows, rows), n = min_of(block_channels<T>, channels - first);
-      const AffineRow<acc_t<T>> block = a.from(first);
-      acc_t<T> s1[block_channels<T>] = {}, s2[block_channels<T>] = {};
-      const auto add_one = [&](int64_t i, int64_t c) {
-        const acc_t<T> v = to_acc(x[i + c]);
-        acc_t<T> g = to_acc(dy[i + c]);
-        if constexpr (act == Act::relu)
-          g = gradient_of_relu(g, (v - block.center[c]) * block.scale[c] + block.shift[c]);
-        if constexpr (act == Act::add_relu) {
-          g = gradient_of_relu(g, to_acc(y[i + c]));
-          dz[i + c] = from_acc<T>(g);
-        }
-        s1[c] += g;
-        s2[c] += g * (v - block.center[c]);
-      };
-      const int64_t quarter = (end - begin) / 4, step = quarter * stride, ahead = prefetch_rows(stride) * stride;
-      for (int64_t row = begin; row < begin + quarter; ++row) {
-        const int64_t i = row * stride + first;
-        int64_t c = 0;
-        for (; c + lanes<T> <= n; c += lanes<T>) {
-          const vec_t<T> m = load(block.center + c);
-          vec_t<T> g[4], v[4];
-          for (int k = 0; k < 4; ++k) {
-            const int64_t at = i + k * step + c;
-            prefetch(dy + at + ahead);
-            prefetch(x + at + ahead);
-            g[k] = load(dy + at);
-            v[k] = load(x + at);
-            if constexpr (act == Act::relu)
-              g[k] = gradient_of_relu(g[k], (v[k] - m) * load(block.scale + c) + load(block.shift + c));
-            if constexpr (act == Act::add_relu) {
-              g[k] = gradient_of_relu(g[k], load(y + at));
-              store(dz + at, g[k]);
-            }
+  for (int64_t begin = 0; begin < rows; begin += chunk_rows) {
+    const int64_t end = min_of(begin + chunk_rows, rows);
+    acc_t<T> s1[wide_channels], s2[wide_channels];
+    for (int64_t c = 0; c < channels; ++c) s1[c] = s2[c] = 0;
+    const auto add_one = [&](int64_t i, int64_t c) {
+      const acc_t<T> v = to_acc(x[i + c]);
+      acc_t<T> g = to_acc(dy[i + c]);
+      if constexpr (act == Act::relu) g = gradient_of_relu(g, (v - a.center[c]) * a.scale[c] + a.shift[c]);
+      if constexpr (act == Act::add_relu) {
+        g = gradient_of_relu(g, to_acc(y[i + c]));
+        dz[i + c] = from_acc<T>(g);
+      }
+      s1[c] += g;
+      s2[c] += g * (v - a.center[c]);
+    };
+    const int64_t quarter = (end - begin) / 4, step = quarter * stride, ahead = prefetch_rows(stride) * stride;
+    for (int64_t row = begin; row < begin + quarter; ++row) {
+      const int64_t i = row * stride;
+      int64_t c = 0;
+      for (; c + lanes<T> <= channels; c += lanes<T>) {
+        const vec_t<T> m = load(a.center + c);
+        vec_t<T> g[4], v[4];
+        for (int k = 0; k < 4; ++k) {
+          const int64_t at = i + k * step + c;
+          prefetch(dy + at + ahead);
+          prefetch(x + at + ahead);
+          g[k] = load(dy + at);
+          v[k] = load(x + at);
+          if constexpr (act == Act::relu)
+            g[k] = gradient_of_relu(g[k], (v[k] - m) * load(a.scale + c) + load(a.shift + c));
+          if constexpr (act == Act::add_relu) {
+            g[k] = gradient_of_relu(g[k], load(y + at));
+            store(dz + at, g[k]);
           }
-          store(s1 + c, load(s1 + c) + ((g[0] + g[1]) + (g[2] + g[3])));
-          const vec_t<T> low = g[0] * (v[0] - m) + g[1] * (v[1] - m), high = g[2] * (v[2] - m) + g[3] * (v[3] - m);
-          store(s2 + c, load(s2 + c) + (low + high));
         }
-        for (; c < n; ++c)
-          for (int64_t k = 0; k < 4; ++k) add_one(i + k * step, c);
+        store(s1 + c, load(s1 + c) + ((g[0] + g[1]) + (g[2] + g[3])));
+        const vec_t<T> low = g[0] * (v[0] - m) + g[1] * (v[1] - m), high = g[2] * (v[2] - m) + g[3] * (v[3] - m);
+        store(s2 + c, load(s2 + c) + (low + high));
       }
-      for (int64_t row = begin + 4 * quarter; row < end; ++row)
-        for (int64_t c = 0; c < n; ++c) add_one(row * stride + first, c);
-      for (int64_t c = 0; c < n; ++c) {
-        sum_dy[first + c] += s1[c];
-        sum_dyx[first + c] += s2[c];
-      }
+      for (; c < channels; ++c)
+        for (int64_t k = 0; k < 4; ++k) add_one(i + k * step, c);
     }
+    for (int64_t row = begin + 4 * quarter; row < end; ++row)
+      for (int64_t c = 0; c < channels; ++c) add_one(row * stride, c);
+    for (int64_t c = 0; c < channels; ++c) {
+      sum_dy[c] += s1[c];
+      sum_dyx[c] += s2[c];
+    }
+  }
 }
 
 // y = (x − center)·scale + shift. Row after row: several at a time would share a few cache sets where the stride is a

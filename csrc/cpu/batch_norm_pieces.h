@@ -11,7 +11,6 @@ namespace {
 
 constexpr int64_t max_group = 64;           // NCHW: channels of a task
 constexpr int64_t short_plane = 1024;       // NCHW: a plane of fewer values is asked of memory with its neighbours
-constexpr int64_t wide_channels = 1024;     // NHWC: of a task
 constexpr int64_t finish_channels = 64;     // of a task that merges pieces
 constexpr int64_t eval_elements = 1 << 18;  // of a task in evaluation, where each task derives its coefficients
 
