@@ -63,7 +63,7 @@ def mean_loss(seed, images, labels, fused):
 def test_a_fused_resnet18_learns_fashion_mnist_in_bfloat16_as_torchs_does(full):
     """Its loss is within the range of torch's over five seeds, of which it shares one."""
     if not full:
-        pytest.skip("takes an hour: --full")
+        pytest.skip("takes minutes: --full")
     sys.path.append(str(ROOT / "examples"))
     import fashion_mnist
 
