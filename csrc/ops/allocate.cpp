@@ -17,8 +17,8 @@ namespace {
 constexpr uintptr_t huge_page = 1 << 21;
 
 // A large tensor's memory is often new, and comes page by page as it is first written. 512 pages at once, which Linux
-// gives to those who ask, take a small part of that time. What of the tensor is not a whole huge page is left alone, so
-// that no tensor takes more memory than before.
+// gives to those who ask, take a small part of that time. What of the tensor is not a whole huge page is left alone:
+// it is asked for nothing but its own bytes.
 void ask_for_huge_pages(const Tensor& tensor, int32_t dtype_code) {
   const uintptr_t data = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
   const uintptr_t bytes = uintptr_t(tensor.numel()) * aoti_torch_dtype_element_size(dtype_code);
