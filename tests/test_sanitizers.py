@@ -13,7 +13,15 @@ ERRORS = {
     "read_past_the_end": "AddressSanitizer: heap-buffer-overflow",
     "signed_overflow": "runtime error: signed integer overflow",
 }
-RACES = ("race_in_order", "race_in_warp", "race_after_reading", "race_between_blocks", "race_with_atomics")
+RACES = (
+    "race_in_order",
+    "race_in_warp",
+    "race_between_masks",
+    "race_between_meetings",
+    "race_after_reading",
+    "race_between_blocks",
+    "race_with_atomics",
+)
 RIGHT = ("ordered_by_barrier", "ordered_by_warp", "ordered_by_fences", "spin", "halves", "sum", "reduce")
 
 

@@ -58,6 +58,21 @@ __global__ void race_in_warp(float* out) {  // the same within a warp, behind a 
   if (lane < 16) __shfl_xor_sync(0xffff, lane, 1);
   out[threadIdx.x] = shared.part[threadIdx.x - lane / 2];
 }
+__global__ void race_between_masks(float* out) {  // each half of a warp is in order, but not with the other
+  Shared& shared = shared_memory<Shared>();
+  const bool upper = threadIdx.x % 32 >= 16;
+  shared.part[threadIdx.x] = float(threadIdx.x);
+  for (int i = 0; i < 2 + upper; ++i) __syncwarp(upper ? 0xffff0000u : 0xffffu);
+  if (upper) out[threadIdx.x] = shared.part[threadIdx.x ^ 16];
+}
+__global__ void race_between_meetings(float* out) {  // the warp meets before and after, but not between
+  Shared& shared = shared_memory<Shared>();
+  const int lane = threadIdx.x % 32;
+  __syncwarp();
+  if (lane == 0) shared.part[threadIdx.x] = 1;
+  out[threadIdx.x] = shared.part[threadIdx.x - lane];
+  __syncwarp();
+}
 __global__ void race_after_reading(float* out) {  // what the first read, the second overwrites
   Shared& shared = shared_memory<Shared>();
   shared.part[threadIdx.x] = 1;
@@ -200,6 +215,8 @@ constexpr Case cases[] = {FASTCONV_CASE(exit_before_barrier),
                           FASTCONV_CASE(missing_barrier),
                           FASTCONV_CASE(race_in_order),
                           FASTCONV_CASE(race_in_warp),
+                          FASTCONV_CASE(race_between_masks),
+                          FASTCONV_CASE(race_between_meetings),
                           FASTCONV_CASE(race_after_reading),
                           {"race_between_blocks", race_between_blocks, 2},
                           FASTCONV_CASE(race_with_atomics),

@@ -51,9 +51,11 @@ struct Fiber {
   std::vector<Copy> copies;  // held back
   int copy_groups = 0;       // that were committed
   void* sanitizer_context = nullptr;
-  // What the sanitizer is told to order: a warp's collective, by what each lane brings and takes; and in the first
-  // fiber, the block's fence and its barriers, two in turns since some come to the next while others have yet to leave.
-  char arrived, passed, fence, barriers[2];
+  // What the sanitizer is told to order. Lanes of a mask: what each brings and takes. In the first fiber of a warp:
+  // where all of it meets; of the block: its fence and its barriers. Of meetings and barriers there are two, in turns,
+  // since some come to the next while others have yet to leave.
+  char arrived, passed, meetings[2], fence, barriers[2];
+  unsigned met = 0;  // how often the warp did
 };
 
 struct Machine {

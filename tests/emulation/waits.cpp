@@ -41,21 +41,36 @@ void arrive_at_block_barrier(const Wait& arrived) {
   ++machine.barriers_passed;
 }
 
+Fiber* current_warp() { return &machine.fibers[index_of(*machine.current) & ~31]; }
+
+// Where a whole warp meets: for the sanitizer half the work of what each lane brings and takes. The lanes of another
+// mask cannot meet there, since they would be ordered after lanes of other meetings.
+const char* meeting_of(const Fiber* warp, uint32_t mask) {
+  return mask == ~0u ? &warp->meetings[warp->met % 2] : nullptr;
+}
+
 // Releases the lanes of the mask if all of them wait, at the same place, with what they have computed together.
 void arrive_in_warp(const Wait& arrived) {
-  Fiber* fibers = &machine.fibers[index_of(*machine.current) & ~31];
+  Fiber* fibers = current_warp();
   Lanes lanes{arrived.what, arrived.where, present_lanes(arrived.mask), {}};
   for (int i = 0; i < 32; ++i) {
     if (!lanes.take_part(i)) continue;
     if (fibers[i].state != State::waiting || !same_place(fibers[i].wait, arrived)) return;
     lanes.operands[i] = fibers[i].wait.operands;
   }
-  lanes.each([&](int i) { sanitizer::acquire(&fibers[i].arrived); });
+  const char* meeting = meeting_of(fibers, arrived.mask);
+  if (meeting)
+    sanitizer::acquire(meeting);
+  else
+    lanes.each([&](int i) { sanitizer::acquire(&fibers[i].arrived); });
   if (arrived.collective) arrived.collective(lanes);
-  lanes.each([&](int i) {
-    sanitizer::release(&fibers[i].passed);
-    fibers[i].state = State::ready;
-  });
+  if (meeting) {
+    sanitizer::release(meeting);
+    ++fibers->met;
+  } else {
+    lanes.each([&](int i) { sanitizer::release(&fibers[i].passed); });
+  }
+  lanes.each([&](int i) { fibers[i].state = State::ready; });
 }
 
 }  // namespace
@@ -81,10 +96,11 @@ int block_barrier(const char* what, const Where& where, bool predicate) {
 
 void warp_collective(const char* what, const Where& where, uint32_t mask, void* operands, Collective collective) {
   if (!(mask >> lane() & 1)) fail(where, "%s of mask 0x%08x, which this lane is not in", what, mask);
-  Fiber& self = *machine.current;
-  sanitizer::release(&self.arrived);
+  const Fiber& self = *machine.current;
+  const char* meeting = meeting_of(current_warp(), mask);
+  sanitizer::release(meeting ? meeting : &self.arrived);
   wait_for({what, where, false, mask, false, operands, collective});
-  sanitizer::acquire(&self.passed);
+  sanitizer::acquire(meeting ? meeting : &self.passed);
 }
 
 void yield() {
