@@ -52,7 +52,7 @@ test-emulated: build
 $(addprefix emulated-,$(STAGES)):
 	@start=$$(date +%s); echo "$@"; files=tests; failed=0; \
 	if [ $(word 2,$(subst -, ,$@)) = thread ]; then \
-	  files=$$($(PYTHON) -m pytest -q tests -k "$(EMULATED_TESTS)" --collect-only | sed -n 's/::.*//p' | uniq); \
+	  files=$$($(PYTHON) -m pytest -q tests -k "$(EMULATED_TESTS)" --collect-only | sed -n 's/^\(tests[^ :]*\)::.*/\1/p' | uniq); \
 	  [ -n "$$files" ] || failed=1; \
 	fi; \
 	for file in $$files; do \
