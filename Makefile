@@ -52,8 +52,8 @@ test-emulated: build
 $(addprefix emulated-,$(STAGES)):
 	@start=$$(date +%s); echo "$@"; files=tests; failed=0; \
 	if [ $(word 2,$(subst -, ,$@)) = thread ]; then \
-	  files=$$($(PYTHON) -m pytest -q tests -k "$(EMULATED_TESTS)" --collect-only | sed -n 's/^\(tests[^ :]*\)::.*/\1/p' | uniq); \
-	  [ -n "$$files" ] || failed=1; \
+	  listed=$$($(PYTHON) -m pytest -q tests -k "$(EMULATED_TESTS)" --collect-only) || { echo "$$listed"; failed=1; }; \
+	  files=$$(echo "$$listed" | sed -n 's/^\(tests[^ :]*\)::.*/\1/p' | uniq); \
 	fi; \
 	for file in $$files; do \
 	  $(PYTHON) -m pytest -q $$file -k "$(EMULATED_TESTS)" --fastconv-order $(word 3,$(subst -, ,$@)) \
