@@ -63,7 +63,8 @@ class Launches:
         for name in ("threads", "shared_bytes"):
             function = getattr(library, f"fastconv_emulation_{name}")
             function.restype, function.argtypes = ctypes.c_uint64, [ctypes.c_uint64]
-        for name, offset in test_instantiations.emulated_instantiations(library._name).items():
+        kernels = test_instantiations.declared_kernels()
+        for name, offset in test_instantiations.emulated_instantiations(library._name, kernels).items():
             block = library.fastconv_emulation_threads(offset), library.fastconv_emulation_shared_bytes(offset)
             self.blocks[name] = block
 
