@@ -27,7 +27,7 @@ if platform.machine() == "x86_64":
     ISA_FLAGS["avx2"] = "-mavx2 -mfma -mf16c"
     ISA_FLAGS["avx512"] = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c"
     ISA_FLAGS["avx512_bf16"] = f"{ISA_FLAGS['avx512']} -mavx512bf16"
-BFLOAT16_FILE = "conv2d_im2col_bfloat16.cpp"  # all there is for avx512_bf16, whose other kernels are AVX-512's
+BFLOAT16_FILES = "_bfloat16.cpp"  # end the names of all there is for avx512_bf16, whose other kernels are AVX-512's
 
 # What the emulated kernels are compiled with.
 SANITIZERS = {
@@ -165,7 +165,7 @@ def write_ninja(cuda_root):
     for isa, flags in ISA_FLAGS.items():
         # GCC warns of its own AVX-512 headers, and that vectors are passed differently by other instruction sets.
         quiet = "-Wno-maybe-uninitialized -Wno-psabi"
-        files = [f for f in kernel_files if (f.name == BFLOAT16_FILE) == (isa == "avx512_bf16")]
+        files = [f for f in kernel_files if f.name.endswith(BFLOAT16_FILES) == (isa == "avx512_bf16")]
         library += objects(f"cpu/{isa}", files, flags=f"-DFASTCONV_ISA={isa} {flags} {quiet}")
 
     cu_files = sources("csrc/cuda/*.cu")

@@ -143,6 +143,19 @@ def test_backward_opens_where_forward_did(backend, layout, training, with_residu
 
 
 @ACTS
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_an_output_of_zero_lets_no_gradient_pass(backend, layout, training, with_residual):
+    x = torch.randn(2, 9, 3, 5)
+    residual = backend.put(lay_out(torch.zeros_like(x), layout)) if with_residual else None
+    x, mean, var = backend.put(lay_out(x, layout)), backend.put(torch.zeros(9)), backend.put(torch.ones(9))
+    weight, bias = (backend.put(torch.zeros(9)).requires_grad_() for _ in range(2))
+    y = fastconv.batch_norm(x, mean, var, weight, bias, training, activation="relu", residual=residual)
+    y.sum().backward()
+    assert not y.any() and not weight.grad.any() and not bias.grad.any()
+
+
+@ACTS
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_activation_of_nan(backend, layout, with_residual):
     """In evaluation a NaN stays, and lets the gradient pass, as with torch.relu."""

@@ -45,10 +45,12 @@ CASES = [
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512_bf16"])
 def test_grouped(isas, isa, dtype, layout):
     if isa not in isas:
         pytest.skip(f"this machine has no {isa}")
+    if isa == "avx512_bf16" and dtype is not torch.bfloat16:
+        pytest.skip("these are AVX-512's")
     fastconv._introspect.use_isa(isa)
     for case in CASES:
         try:
@@ -59,9 +61,10 @@ def test_grouped(isas, isa, dtype, layout):
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("which", ["x", "dy"])
-def test_an_infinity_stays_in_its_group(which, layout):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_infinity_stays_in_its_group(dtype, which, layout):
     for case in (CASES[0], CASES[2], CASES[3], CASES[5], CASES[15]):
-        x, w, b, dy = test_conv2d.inputs_of(case, torch.float32, layout)
+        x, w, b, dy = test_conv2d.inputs_of(case, dtype, layout)
         infinite = x if which == "x" else dy
         infinite[0, 1, infinite.shape[2] // 2, infinite.shape[3] // 2] = torch.inf
         expected = conv2d_reference(x, w, b, dy, *case.config)
@@ -75,9 +78,10 @@ def test_an_infinity_stays_in_its_group(which, layout):
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_the_bits_do_not_depend_on_threads(threads, layout):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_bits_do_not_depend_on_threads(threads, dtype, layout):
     for case in (CASES[3], CASES[15]):
-        tensors = test_conv2d.inputs_of(case, torch.float32, layout)
+        tensors = test_conv2d.inputs_of(case, dtype, layout)
         results = []
         for count in (1, 2, 5):
             threads(count)

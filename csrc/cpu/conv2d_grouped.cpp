@@ -24,8 +24,8 @@ void fprop(const Conv2dProblem& problem, const Conv2dPlan& plan, const void* x, 
            void* y, void* workspace, void* scratch, const Parallel& parallel) {
   dispatch(problem.dtype, [&](auto element) {
     using T = decltype(element);
-    const auto run =
-        shares_vectors<T>(problem, plan.direction) ? gather_grouped<T, GroupsOfVector> : gather_grouped<T, OneGroup>;
+    const auto run = shares_vectors<T>(problem, plan.direction) ? gather_grouped<T, GroupsOfVector<T>>
+                                                                : gather_grouped<T, OneGroup<T>>;
     run(problem, plan, (const T*)x, (const T*)w, (const T*)bias, (T*)y, workspace, (char*)scratch, parallel);
   });
 }
@@ -34,8 +34,8 @@ void dgrad(const Conv2dProblem& problem, const Conv2dPlan& plan, const void* dy,
            void* workspace, void* scratch, const Parallel& parallel) {
   dispatch(problem.dtype, [&](auto element) {
     using T = decltype(element);
-    const auto run =
-        shares_vectors<T>(problem, plan.direction) ? gather_grouped<T, GroupsOfVector> : gather_grouped<T, OneGroup>;
+    const auto run = shares_vectors<T>(problem, plan.direction) ? gather_grouped<T, GroupsOfVector<T>>
+                                                                : gather_grouped<T, OneGroup<T>>;
     run(problem, plan, (const T*)dy, (const T*)w, nullptr, (T*)dx, workspace, (char*)scratch, parallel);
   });
 }
@@ -44,8 +44,8 @@ void wgrad(const Conv2dProblem& problem, const Conv2dPlan& plan, const void* dy,
            void* workspace, void* scratch, const Parallel& parallel) {
   dispatch(problem.dtype, [&](auto element) {
     using T = decltype(element);
-    const auto run =
-        shares_vectors<T>(problem, plan.direction) ? wgrad_grouped<T, GroupsOfVector> : wgrad_grouped<T, OneGroup>;
+    const auto run = shares_vectors<T>(problem, plan.direction) ? wgrad_grouped<T, GroupsOfVector<T>>
+                                                                : wgrad_grouped<T, OneGroup<T>>;
     run(problem, plan, (const T*)dy, (const T*)x, (T*)dw, (T*)db, workspace, (char*)scratch, parallel);
   });
 }

@@ -2,9 +2,9 @@
 //
 //   out[position][lane] = bias[lane] + Σ_{tap, channel} weights[tap][channel][lane] · source[position + tap][channel]
 //
-// where `channel` counts those of the lane's group. A task packs the weights of a block of channels and passes over
-// some boxes of rows with them: each row of the source is staged once in a box, when the first output row reads it.
-// dgrad writes its column phases between each other.
+// where `channel` counts those of the lane's group; a staged element and its weight may hold two of them. A task packs
+// the weights of a block of channels and passes over some boxes of rows with them: each row of the source is staged
+// once in a box, when the first output row reads it. dgrad writes its column phases between each other.
 #pragma once
 
 #include "conv2d_grouped_rows.h"
@@ -19,13 +19,13 @@ struct RowTaps {
   const E *in, *weights;
 };
 
-// What a row of outputs sums: `count` runs of taps, whose weights are weight_step apart and those of their channels
-// channel_step; positions are in_step apart, from one output to the next and within a run. Where the first or the last
+// What a row of outputs sums: `count` runs of taps, whose weights are weight_step apart and those of their elements
+// element_step; positions are in_step apart, from one output to the next and within a run. Where the first or the last
 // of a row of runs lies outside of the image, it is left out.
 template <typename E>
 struct RowSum {
   const RowTaps<E>* runs;
-  int64_t count, weight_step, channels, channel_step, in_step;
+  int64_t count, weight_step, elements, element_step, in_step;
   bool runs_of_three, first_outside, last_outside;
 };
 
@@ -49,14 +49,17 @@ FASTCONV_INLINE void row_tile(const Lanes& lanes_of, const RowSum<acc_t<T>>& sum
   for (int64_t run = 0; run < sum.count; ++run) {
     const acc_t<T>* in = sum.runs[run].in + at * sum.in_step;
     const acc_t<T>* weights = sum.runs[run].weights;
-    for (int64_t channel = 0; channel < sum.channels; ++channel, weights += sum.channel_step) {
+    for (int64_t element = 0; element < sum.elements; ++element, weights += sum.element_step) {
       vec_t<T> weight[Taps];
       for (int tap = 0; tap < Taps; ++tap) weight[tap] = load(weights + tap * sum.weight_step);
       for_constants<Pixels + Taps - 1>([&](auto position) {
         if (position == 0 ? without_first : position == Pixels + Taps - 2 && without_last) return;
-        const vec_t<T> v = lanes_of(in + position * sum.in_step, channel);
+        const vec_t<T> v = lanes_of(in + position * sum.in_step, element);
         for_constants<Taps>([&](auto tap) {
-          if constexpr (position >= tap && position - tap < Pixels) sums[position - tap] += weight[tap] * v;
+          if constexpr (position >= tap && position - tap < Pixels) {
+            vec_t<T>& total = sums[position - tap];
+            total = Lanes::add_product(total, weight[tap], v);
+          }
         });
       });
     }
@@ -91,13 +94,6 @@ void gather_row(const Lanes& lanes_of, const RowSum<acc_t<T>>& sum, const RowOut
   }
 }
 
-// A block's weights, [element of a filter][lane]: steps from one tap of a filter and from one of its channels to the
-// next.
-template <typename E>
-struct BlockWeights {
-  E* data;
-  int64_t tap_step, channel_step;
-};
 // fprop's keep the order of the filters, (c, r, s) in NCHW; dgrad's are those of the produced channels, (r, s, k).
 template <typename T>
 BlockWeights<acc_t<T>> block_weights(const Conv2dProblem& pr, Direction direction, acc_t<T>* data) {
@@ -131,9 +127,9 @@ void pack_block(const Conv2dProblem& pr, Direction direction, const ChannelBlock
 }
 
 // What `count` outputs of a column phase sum, from output j0 on, in a row whose first tap reads row `top`.
-template <typename T>
-RowSum<acc_t<T>> row_sum(RowStage<T>& stage, const Axis& rows, int64_t top, const Axis& cols, int64_t j0, int64_t count,
-                         const BlockWeights<acc_t<T>>& weights, RowTaps<acc_t<T>>* taps) {
+template <typename T, typename Elements>
+RowSum<acc_t<T>> row_sum(RowStage<T, Elements>& stage, const Axis& rows, int64_t top, const Axis& cols, int64_t j0,
+                         int64_t count, const BlockWeights<acc_t<T>>& weights, RowTaps<acc_t<T>>* taps) {
   // Taps of a filter row at neighbouring positions, in the order of these, make up one run of three.
   const int64_t in_step = stage.cols.out_step * stage.pitch, tap_pitch = stage.cols.tap_step(cols) * stage.pitch;
   const int64_t filter_step = cols.filter_step * weights.tap_step;
@@ -143,7 +139,7 @@ RowSum<acc_t<T>> row_sum(RowStage<T>& stage, const Axis& rows, int64_t top, cons
   RowSum<acc_t<T>> sum{taps,
                        0,
                        tap_pitch < 0 ? -filter_step : filter_step,
-                       contracted_channels(stage.problem, stage.direction),
+                       contracted_channels(stage.problem, stage.direction) / Elements::channels,
                        weights.channel_step,
                        in_step,
                        runs,
@@ -160,7 +156,7 @@ RowSum<acc_t<T>> row_sum(RowStage<T>& stage, const Axis& rows, int64_t top, cons
   return sum;
 }
 
-template <typename T, template <typename> class Lanes>
+template <typename T, typename Lanes>
 void gather_grouped(const Conv2dProblem& pr, const Conv2dPlan& plan, const T* source, const T* w, const T* bias, T* out,
                     void* workspace, char* scratch, const Parallel& parallel) {
   using E = acc_t<T>;
@@ -174,11 +170,11 @@ void gather_grouped(const Conv2dProblem& pr, const Conv2dPlan& plan, const T* so
   const int64_t out_rows = dgrad ? pr.H : pr.P, out_cols = dgrad ? pr.W : pr.Q;
   const Phases phases = phases_of(pr, direction);
   const int64_t step = dgrad ? 1 : pr.stride_w, col_outputs = phases.largest_cols.outputs;
-  const ChannelBlocks blocks = channel_blocks(pr, direction, lanes<T>, Lanes<T>::several_groups);
+  const ChannelBlocks blocks = channel_blocks(pr, direction, lanes<T>, Lanes::several_groups);
   const GroupedScratch layout = grouped_scratch(pr, plan);
   const StagedCols staged = staged_cols(pr, direction, plan.tile_n);
   const StagedRows staged_row = staged_rows(pr, direction, 1);
-  const Lanes<T> lanes_of(contracted, produced);
+  const Lanes lanes_of(contracted, produced);
 
   auto* row_axes = static_cast<Axis*>(workspace);
   Axis* col_axes = row_axes + phases.rows;
@@ -192,18 +188,19 @@ void gather_grouped(const Conv2dProblem& pr, const Conv2dPlan& plan, const T* so
     auto* memory = reinterpret_cast<E*>(scratch + worker * plan.scratch_bytes);
     const BlockWeights<E> weights = block_weights<T>(pr, direction, memory + layout.weights);
     pack_block(pr, direction, block, w, weights.data);
+    Lanes::pack(weights, pr.R * pr.S, contracted);
     auto* taps = reinterpret_cast<RowTaps<E>*>(memory + layout.taps);
-    const int64_t pitch = ceil_div(block.in_count, lanes<T>) * lanes<T>;
-    RowStage<T> stage{pr,
-                      direction,
-                      in_images,
-                      dgrad ? pr.P : pr.H,
-                      dgrad ? pr.Q : pr.W,
-                      staged,
-                      staged_row,
-                      pitch,
-                      reinterpret_cast<int64_t*>(memory + layout.held),
-                      memory + layout.stage};
+    const int64_t pitch = ceil_div(block.in_count / Lanes::channels, lanes<T>) * lanes<T>;
+    RowStage<T, Lanes> stage{pr,
+                             direction,
+                             in_images,
+                             dgrad ? pr.P : pr.H,
+                             dgrad ? pr.Q : pr.W,
+                             staged,
+                             staged_row,
+                             pitch,
+                             reinterpret_cast<int64_t*>(memory + layout.held),
+                             memory + layout.stage};
     const vec_t<T> start = bias ? load_first(bias + block.out, block.out_count) : vec_t<T>{};
     const int64_t begin = task % pieces * plan.tile_k, end = min_of(boxes, begin + plan.tile_k);
     for (int64_t box = begin; box < end; ++box) {

@@ -27,35 +27,6 @@ FASTCONV_INLINE ChannelBlock channel_block(const ChannelBlocks& blocks, int64_t 
   return {group * contracted, count * contracted, group * produced + part, min_of(width, count * produced - part)};
 }
 
-// What the lanes of a vector are multiplied by, from the contracted channels at a staged position: `channel` counts
-// those of a group.
-template <typename T>
-struct GroupsOfVector {  // several groups a vector: each lane takes the channel from its own group
-  static constexpr bool several_groups = true;
-  mask_t<T> lane_of[lanes<T>];
-  GroupsOfVector(int64_t contracted, int64_t produced) {
-    for (int64_t channel = 0; channel < min_of<int64_t>(contracted, lanes<T>); ++channel)
-      for (int lane = 0; lane < lanes<T>; ++lane)
-        lane_of[channel][lane] = (lane / produced * contracted + channel) % lanes<T>;
-  }
-  FASTCONV_INLINE vec_t<T> operator()(const acc_t<T>* in, int64_t channel) const {
-    const vec_t<T> v = load(in);
-#if defined(__clang__)
-    vec_t<T> out;
-    for (int lane = 0; lane < lanes<T>; ++lane) out[lane] = v[lane_of[channel][lane]];
-    return out;
-#else
-    return __builtin_shuffle(v, lane_of[channel]);
-#endif
-  }
-};
-template <typename T>
-struct OneGroup {
-  static constexpr bool several_groups = false;
-  explicit OneGroup(int64_t, int64_t) {}
-  FASTCONV_INLINE vec_t<T> operator()(const acc_t<T>* in, int64_t channel) const { return broadcast<T>(in[channel]); }
-};
-
 // out[position][pitch]: `count` columns of a row, from column `first` on, `step` apart; zeros outside of the image.
 template <typename T>
 void stage_strip(const Images<const T>& source, const T* row, int64_t cols, int64_t channels, int64_t first,
@@ -81,6 +52,60 @@ void stage_strip(const Images<const T>& source, const T* row, int64_t cols, int6
   }
 }
 
+// A block's weights, [element of a filter][lane]: steps from one tap of a filter and from one of its channels to the
+// next.
+template <typename E>
+struct BlockWeights {
+  E* data;
+  int64_t tap_step, channel_step;
+};
+// A staged element is a channel's value.
+template <typename T>
+struct SingleChannels {
+  static constexpr int64_t channels = 1;  // of an element
+  static FASTCONV_INLINE vec_t<T> broadcast_element(const acc_t<T>* in) { return broadcast<T>(*in); }
+  static FASTCONV_INLINE vec_t<T> add_product(vec_t<T> sum, vec_t<T> weight, vec_t<T> value) {
+    return sum + weight * value;
+  }
+  static void stage(const Images<const T>& source, const T* row, int64_t cols, int64_t in_channels, int64_t first,
+                    int64_t step, int64_t count, acc_t<T>* out, int64_t pitch) {
+    stage_strip(source, row, cols, in_channels, first, step, count, out, pitch);
+  }
+  static void pack(const BlockWeights<acc_t<T>>&, int64_t, int64_t) {}  // they are as they have to be
+};
+
+// What the lanes of a vector are multiplied by, from the contracted channels at a staged position: `element` counts
+// those of a group.
+template <typename T, typename Elements = SingleChannels<T>>
+struct GroupsOfVector : Elements {  // several groups a vector: each lane takes the element from its own group
+  static constexpr bool several_groups = true;
+  mask_t<T> lane_of[lanes<T>];
+  GroupsOfVector(int64_t contracted, int64_t produced) {
+    const int64_t elements = contracted / Elements::channels;
+    for (int64_t element = 0; element < min_of<int64_t>(elements, lanes<T>); ++element)
+      for (int lane = 0; lane < lanes<T>; ++lane)
+        lane_of[element][lane] = (lane / produced * elements + element) % lanes<T>;
+  }
+  FASTCONV_INLINE vec_t<T> operator()(const acc_t<T>* in, int64_t element) const {
+    const vec_t<T> v = load(in);
+#if defined(__clang__)
+    vec_t<T> out;
+    for (int lane = 0; lane < lanes<T>; ++lane) out[lane] = v[lane_of[element][lane]];
+    return out;
+#else
+    return __builtin_shuffle(v, lane_of[element]);
+#endif
+  }
+};
+template <typename T, typename Elements = SingleChannels<T>>
+struct OneGroup : Elements {
+  static constexpr bool several_groups = false;
+  OneGroup(int64_t, int64_t) {}
+  FASTCONV_INLINE vec_t<T> operator()(const acc_t<T>* in, int64_t element) const {
+    return Elements::broadcast_element(in + element);
+  }
+};
+
 // Fetches columns first … first + count − 1 of a row: the lines of one column (NHWC) or channel (NCHW) lie too far from
 // those of the next for the machine to foresee them.
 template <typename T>
@@ -96,7 +121,7 @@ FASTCONV_INLINE void prefetch_strip(const Images<T>& images, const void* row, in
 }
 
 // The staged rows of a block of channels and columns.
-template <typename T>
+template <typename T, typename Elements>
 struct RowStage {
   const Conv2dProblem& problem;
   Direction direction;
@@ -124,15 +149,15 @@ struct RowStage {
       prefetch_strip(source, source.at(n, channel, row + 1, 0), source_cols, channels, col + cols.low, cols.positions);
     const T* from = source.at(n, channel, row, 0);
     if (cols.whole) {
-      stage_strip(source, from, source_cols, channels, col + cols.low, 1, cols.positions, to, pitch);
+      Elements::stage(source, from, source_cols, channels, col + cols.low, 1, cols.positions, to, pitch);
       return to;
     }
     const int64_t phases = phases_of(problem, direction).cols;
     for (int64_t phase = 0; phase < phases; ++phase) {
       const Axis axis = col_axis(problem, direction, phase);
       for (int64_t tap = 0; tap < axis.taps; ++tap)
-        stage_strip(source, from, source_cols, channels, col + axis.first + tap * axis.inc, axis.step, cols.outputs,
-                    to + (cols.first(axis) + tap * cols.tap_step(axis)) * pitch, pitch);
+        Elements::stage(source, from, source_cols, channels, col + axis.first + tap * axis.inc, axis.step, cols.outputs,
+                        to + (cols.first(axis) + tap * cols.tap_step(axis)) * pitch, pitch);
     }
     return to;
   }

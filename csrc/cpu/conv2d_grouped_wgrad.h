@@ -50,7 +50,7 @@ void add_products(const Lanes& lanes_of, const acc_t<T>* dy, int64_t dy_row, int
 }
 
 // partial[piece][block][element of a filter, or the bias][lane]
-template <typename T, template <typename> class Lanes>
+template <typename T, typename Lanes>
 void wgrad_grouped(const Conv2dProblem& pr, const Conv2dPlan& plan, const T* dy, const T* x, T* dw, T* db,
                    void* workspace, char* scratch, const Parallel& parallel) {
   using E = acc_t<T>;
@@ -59,11 +59,11 @@ void wgrad_grouped(const Conv2dProblem& pr, const Conv2dPlan& plan, const T* dy,
   const Images<const T> x_images = images(x, pr.layout, pr.C, pr.H, pr.W);
   const Images<const T> dy_images = images(dy, pr.layout, pr.K, pr.P, pr.Q);
   const Axis rows = fprop_rows(pr), cols = fprop_cols(pr);
-  const ChannelBlocks blocks = channel_blocks(pr, Direction::wgrad, L, Lanes<T>::several_groups);
+  const ChannelBlocks blocks = channel_blocks(pr, Direction::wgrad, L, Lanes::several_groups);
   const GroupedScratch layout = grouped_scratch(pr, plan);
   const StagedCols staged = staged_cols(pr, Direction::wgrad, plan.tile_n);
   const StagedRows staged_row = staged_rows(pr, Direction::wgrad, plan.tile_m);
-  const Lanes<T> lanes_of(cg, kg);
+  const Lanes lanes_of(cg, kg);
   // Sums have the order of the filters' elements.
   const int64_t tap_step = (pr.layout == Layout::NCHW ? 1 : cg) * L;
   const int64_t channel_step = (pr.layout == Layout::NCHW ? pr.R * pr.S : 1) * L;
@@ -81,16 +81,16 @@ void wgrad_grouped(const Conv2dProblem& pr, const Conv2dPlan& plan, const T* dy,
     auto* memory = reinterpret_cast<E*>(scratch + worker * plan.scratch_bytes);
     auto** in = reinterpret_cast<const E**>(memory + layout.taps);
     const int64_t pitch = ceil_div(block.in_count, L) * L;
-    RowStage<T> stage{pr,
-                      Direction::wgrad,
-                      x_images,
-                      pr.H,
-                      pr.W,
-                      staged,
-                      staged_row,
-                      pitch,
-                      reinterpret_cast<int64_t*>(memory + layout.held),
-                      memory + layout.stage};
+    RowStage<T, Lanes> stage{pr,
+                             Direction::wgrad,
+                             x_images,
+                             pr.H,
+                             pr.W,
+                             staged,
+                             staged_row,
+                             pitch,
+                             reinterpret_cast<int64_t*>(memory + layout.held),
+                             memory + layout.stage};
     E* dy_rows = memory + layout.rows;
     const int64_t begin = piece * boxes / plan.split, end = (piece + 1) * boxes / plan.split;
     for (int64_t box = begin; box < end; ++box) {

@@ -35,11 +35,13 @@ FASTCONV_DECLARE_ISA(avx2);
 FASTCONV_DECLARE_ISA(avx512);
 namespace avx512_bf16 {
 extern const Conv2dKernels conv2d_im2col;
-}
+extern const Conv2dKernels conv2d_grouped;
+}  // namespace avx512_bf16
 static const Kernels avx512_bf16_kernels = [] {
   Kernels kernels = avx512_kernels;
   kernels.isa = "avx512_bf16";
   kernels.im2col = &avx512_bf16::conv2d_im2col;
+  kernels.grouped = &avx512_bf16::conv2d_grouped;
   return kernels;
 }();
 #endif

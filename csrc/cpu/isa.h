@@ -154,10 +154,18 @@ FASTCONV_INLINE vec_t<double> load(const double* p) {
   memcpy(&v, p, sizeof v);
   return v;
 }
+// In intrinsics, where GCC would convert one half of the register after the other.
 FASTCONV_INLINE vec_t<float> load(const bfloat16_t* p) {
+#if defined(__AVX512F__)
+  const __m512i bits = _mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256((const __m256i*)p));
+  return (vec_t<float>)((vuint32)bits << 16);
+#elif defined(__AVX2__)
+  return (vec_t<float>)((vuint32)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)) << 16);
+#else
   vuint16 h;
   memcpy(&h, p, sizeof h);
   return (vec_t<float>)(__builtin_convertvector(h, vuint32) << 16);
+#endif
 }
 FASTCONV_INLINE vec_t<float> load(const float16_t* p) {
 #if defined(__AVX512F__)
@@ -175,6 +183,14 @@ FASTCONV_INLINE void store(double* p, vec_t<double> v) { memcpy(p, &v, sizeof v)
 FASTCONV_INLINE void store(bfloat16_t* p, vec_t<float> v) {
 #if defined(__AVX512BF16__)  // the same but for subnormal numbers, which become zeros
   const __m256bh h = _mm512_cvtneps_pbh((__m512)v);
+#elif defined(__AVX512F__)
+  const __m512i bits = (__m512i)v;
+  const __mmask16 is_odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+  const __mmask16 is_nan = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
+  __m512i rounded = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+  rounded = _mm512_mask_add_epi32(rounded, is_odd, rounded, _mm512_set1_epi32(1));
+  rounded = _mm512_mask_or_epi32(rounded, is_nan, bits, _mm512_set1_epi32(0x400000));
+  const __m256i h = _mm512_maskz_cvtepi32_epi16(0xffff, _mm512_maskz_srli_epi32(0xffff, rounded, 16));
 #else
   const vuint32 bits = (vuint32)v;
   const vuint32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;

@@ -1,7 +1,7 @@
 // The CPU kernels, one table for each instruction set the library was built for.
 //
 // Every kernel file in this folder is compiled once per instruction set into its own namespace (FASTCONV_ISA), but for
-// conv2d_im2col_bfloat16.cpp, which is avx512_bf16's only one: its other kernels are AVX-512's. A kernel file
+// those named *_bfloat16.cpp, which are all of avx512_bf16's: its other kernels are AVX-512's. A kernel file
 // exports nothing but one `extern const` table: an inline function or template with external linkage would be merged
 // by the linker with another file's copy and could execute instructions that this machine lacks.
 // Pointers hold elements of problem.dtype in problem.layout, unless said otherwise. No kernel allocates or throws.

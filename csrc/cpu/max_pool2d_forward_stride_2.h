@@ -134,6 +134,42 @@ bool has_forward_stride_2(const MaxPool2dProblem& p) {
          p.dilation_h == 1 && p.dilation_w == 1 && p.W <= segment_columns;
 }
 
+// Rows of windows that have all of their rows inside x. Those in [inner_begin, inner_end) have every column inside x
+// too. What follows a row's last window in x, y and offsets is read and written, up to a whole vector.
+template <int taps, typename T, typename Offset>
+__attribute__((noinline)) void forward_whole_rows(KeptRow<T>& kept, int64_t rows, const T* first, int64_t W, int64_t Q,
+                                                  int64_t pad_w, int64_t inner_begin, int64_t inner_end, T* y,
+                                                  Offset* offsets) {
+  for (; rows > 0; --rows, first += 2 * W, y += Q) {
+    const auto vectors = [&](int64_t q, int64_t q_end, bool over_edge) __attribute__((always_inline)) {
+      for (; q < q_end; q += lanes<T>) {
+        const T* const from = first + 2 * q;
+        for (int64_t k = 0; k < 4 * lanes<T>; k += 64 / int64_t(sizeof(T)))
+          __builtin_prefetch(from + 2 * q + prefetch_bytes / int64_t(sizeof(T)) + k, 0, 2);
+        const Best<T> best = best_of_windows<taps>(kept, q, from, 0, taps, over_edge, W, pad_w);
+        store(y + q, in_order(best.value));
+        if constexpr (is_kept<Offset>) store_offsets<T>(offsets + q, in_order(best.offset));
+      }
+    };
+    if (inner_begin > 0) vectors(0, inner_begin, true);
+    vectors(inner_begin, inner_end, false);
+    if (inner_end < Q) vectors(inner_end, Q, true);
+    if constexpr (is_kept<Offset>) offsets += Q;
+  }
+}
+
+// One row of windows, whose rows [row_begin, row_end) are inside x. Writes nothing after it.
+template <int taps, typename T, typename Offset>
+__attribute__((noinline)) void forward_any_row(KeptRow<T>& kept, int64_t row_begin, int64_t row_end, const T* first,
+                                               int64_t W, int64_t Q, int64_t pad_w, T* y, Offset* offsets) {
+  for (int64_t q = 0; q < Q; q += lanes<T>) {
+    const Best<T> best = best_of_windows<taps>(kept, q, first + 2 * q, row_begin, row_end, true, W, pad_w);
+    const int64_t count = min_of<int64_t>(Q - q, lanes<T>);
+    store_first(y + q, in_order(best.value), count);
+    if constexpr (is_kept<Offset>) store_first_offsets<T>(offsets + q, in_order(best.offset), count);
+  }
+}
+
 template <int taps, typename T, typename Offset>
 void forward_nchw_stride_2(const MaxPool2dProblem& problem, const T* x, T* y, Offset* offsets,
                            const Parallel& parallel) {
@@ -147,52 +183,31 @@ void forward_nchw_stride_2(const MaxPool2dProblem& problem, const T* x, T* y, Of
     const int64_t inside = W + pad_w < taps ? 0 : (W + pad_w - taps) / 2 + 1;
     const int64_t inner_begin = min_of(pad_w > 0 ? V : 0, Q);
     const int64_t inner_end = max_of(inside >= Q ? Q : inside / V * V, inner_begin);
-    const int64_t row_read = 2 * ((Q - 1) / V * V + V) + (taps == 3 ? 2 : 0);  // elements, from the first column on
-    const T* const x_in = x;
+    const int64_t row_written = ceil_div(Q, V) * V;                  // by whole rows: elements from the first window on
+    const int64_t row_read = 2 * row_written + (taps == 3 ? 2 : 0);  // elements from the first column on
     KeptRow<T> kept;
-    bool has_kept = false;
-    Walk walk(begin, 1, P);
-    T* y_row = y + begin * Q;
-    Offset* offsets_row = is_kept<Offset> ? offsets + begin * Q : nullptr;
-    for (int64_t room = (end - begin) * Q; room > 0; room -= Q, walk.next()) {
-      const int64_t h = 2 * walk.column - pad_h, row_begin = max_of<int64_t>(-h, 0),
-                    row_end = min_of(H - h, int64_t(taps));
-      const int64_t plane = walk.plane * H * W, corner = plane + h * W - pad_w;                // of window 0
-      if (corner + row_begin * W < 0 || corner + (row_end - 1) * W + row_read > x_elements) {  // would read beyond x
-        for (int64_t q = 0; q < Q; ++q) forward_window(problem, x_in + plane, 1, walk.column, q, y_row, offsets_row, q);
-        has_kept = false;
-      } else {
-        const T* const first = x_in + corner;
-        if (taps == 3 && !(has_kept && walk.column > 0)) keep_row<taps>(kept, first, row_begin, W, Q, pad_w);
-        const auto vectors = [&](int64_t q, int64_t q_end, bool all_rows, bool edge) __attribute__((always_inline)) {
-          for (; q < q_end; q += V) {
-            const T* from = first + 2 * q;
-            for (int64_t k = 0; k < 4 * V; k += 64 / int64_t(sizeof(T)))
-              __builtin_prefetch(from + 2 * q + prefetch_bytes / int64_t(sizeof(T)) + k, 0, 2);
-            const Best<T> best = all_rows ? best_of_windows<taps>(kept, q, from, 0, taps, edge, W, pad_w)
-                                          : best_of_windows<taps>(kept, q, from, row_begin, row_end, edge, W, pad_w);
-            if (q + V <= room) {
-              store(y_row + q, in_order(best.value));
-              if constexpr (is_kept<Offset>) store_offsets<T>(offsets_row + q, in_order(best.offset));
-            } else {
-              store_first(y_row + q, in_order(best.value), room - q);
-              if constexpr (is_kept<Offset>) store_first_offsets<T>(offsets_row + q, in_order(best.offset), room - q);
-            }
-          }
-        };
-        const auto row = [&](bool all_rows) __attribute__((always_inline)) {
-          if (inner_begin > 0) vectors(0, inner_begin, all_rows, true);
-          vectors(inner_begin, inner_end, all_rows, false);
-          if (inner_end < Q) vectors(inner_end, Q, all_rows, true);
-        };
-        if (row_end - row_begin == taps)
-          row(true);
-        else
-          row(false);
-        has_kept = row_end == taps;
+    int64_t kept_unit = -1;  // for which it is
+    for (int64_t unit = begin, rows; unit < end; unit += rows) {
+      const int64_t plane = unit / P * H * W, p = unit % P, h = 2 * p - pad_h, row_begin = max_of<int64_t>(-h, 0);
+      const int64_t row_end = min_of(H - h, int64_t(taps)), room = (end - unit) * Q;
+      const int64_t corner = plane + h * W - pad_w;  // of window 0
+      const int64_t x_room = x_elements - (corner + (row_end - 1) * W + row_read);
+      const T* const first = x + corner;
+      T* const y_row = y + unit * Q;
+      Offset* const offsets_row = is_kept<Offset> ? offsets + unit * Q : nullptr;
+      rows = 1;
+      if (corner + row_begin * W < 0 || x_room < 0) {  // would read beyond x
+        for (int64_t q = 0; q < Q; ++q) forward_window(problem, x + plane, 1, p, q, y_row, offsets_row, q);
+        continue;
       }
-      y_row += Q;
-      if constexpr (is_kept<Offset>) offsets_row += Q;
+      if (taps == 3 && (p == 0 || unit != kept_unit)) keep_row<taps>(kept, first, row_begin, W, Q, pad_w);
+      if (row_end - row_begin == taps && room >= row_written) {
+        rows = min_of(min_of(P - p, (H - taps - h) / 2 + 1), min_of((room - row_written) / Q, x_room / (2 * W)) + 1);
+        forward_whole_rows<taps>(kept, rows, first, W, Q, pad_w, inner_begin, inner_end, y_row, offsets_row);
+      } else {
+        forward_any_row<taps>(kept, row_begin, row_end, first, W, Q, pad_w, y_row, offsets_row);
+      }
+      kept_unit = row_end == taps ? unit + rows : -1;
     }
   });
 }
