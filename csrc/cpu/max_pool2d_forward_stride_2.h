@@ -144,8 +144,8 @@ __attribute__((noinline)) void forward_whole_rows(KeptRow<T>& kept, int64_t rows
     const auto vectors = [&](int64_t q, int64_t q_end, bool over_edge) __attribute__((always_inline)) {
       for (; q < q_end; q += lanes<T>) {
         const T* const from = first + 2 * q;
-        for (int64_t k = 0; k < 4 * lanes<T>; k += 64 / int64_t(sizeof(T)))
-          __builtin_prefetch(from + 2 * q + prefetch_bytes / int64_t(sizeof(T)) + k, 0, 2);
+        for (int64_t k = 0; k < 4 * lanes<T>; k += 64 / int64_t(sizeof(T)))  // what nothing reads again
+          __builtin_prefetch(from + 2 * q + prefetch_bytes / int64_t(sizeof(T)) + k, 0, 0);
         const Best<T> best = best_of_windows<taps>(kept, q, from, 0, taps, over_edge, W, pad_w);
         store(y + q, in_order(best.value));
         if constexpr (is_kept<Offset>) store_offsets<T>(offsets + q, in_order(best.offset));

@@ -14,7 +14,7 @@ namespace {
 
 constexpr int64_t task_elements = 1 << 14;    // outputs (or elements of dx) of a task
 constexpr int64_t segment_columns = 1 << 12;  // NCHW: a row longer than this is done in segments
-constexpr int64_t prefetch_bytes = 8192;      // NCHW: of x, asked of memory ahead of their use, into the second cache
+constexpr int64_t prefetch_bytes = 8192;      // NCHW: of x, asked of memory ahead of their use
 
 // A walk over planes of rows × columns.
 struct Walk {
