@@ -25,7 +25,9 @@ def broken(): raise RuntimeError("a fixture")
 def test_error(broken): pass
 @pytest.mark.skip(reason="no such thing here")
 def test_skipped(): pass
-def test_slow(): time.sleep(600)
+def test_slow(request):
+    request.path.with_name("begun").touch()
+    time.sleep(600)
 """
 
 
@@ -56,20 +58,38 @@ def test_a_stage_in_which_nothing_ran_has_not_passed(suite):
     assert found["status"] == "failed" and "deselected" in found["text"]
 
 
-def test_tests_past_the_limit_are_stopped_and_those_before_counted(suite):
-    begun = time.monotonic()
-    gpu_check.pytest(300, suite, "-k", "not slow")
-    limit = 5 + 2 * (time.monotonic() - begun)  # a machine with other work may need long to begin
+@pytest.fixture
+def limit(tmp_path, monkeypatch):
+    """A limit that a process reaches once it has made the file "begun", however long this machine needs for that."""
+
+    class Process(subprocess.Popen):
+        def communicate(self, input=None, timeout=None):
+            if timeout != 3:
+                return super().communicate(input, timeout)
+            while self.poll() is None and not (tmp_path / "begun").exists():
+                time.sleep(0.05)
+            return super().communicate(input, 0.5)
+
+    monkeypatch.setattr(subprocess, "Popen", Process)
+    return 3
+
+
+def test_tests_past_the_limit_are_stopped_and_those_before_counted(suite, limit, monkeypatch):
+    monkeypatch.setattr(gpu_check, "LAST_WORDS", 300)
     found = gpu_check.pytest(limit, suite)
     assert found["status"] == "timed out" and found["counts"]["passed"] == 3 and found["counts"]["failed"] >= 2
 
 
-def test_a_process_that_ignores_the_interrupt_is_ended(monkeypatch):
+def test_a_process_that_ignores_the_interrupt_is_ended(tmp_path, limit, monkeypatch):
     monkeypatch.setattr(gpu_check, "LAST_WORDS", 1)
-    code = (
-        "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('begun', flush=True); time.sleep(60)"
-    )
-    assert gpu_check.run([sys.executable, "-c", code], 3) == ("begun\n", None)
+    code = f"""
+import pathlib, signal, time
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+print("begun", flush=True)
+pathlib.Path({str(tmp_path / "begun")!r}).touch()
+time.sleep(600)
+"""
+    assert gpu_check.run([sys.executable, "-c", code], limit) == ("begun\n", None)
 
 
 def test_kernels_get_a_verdict_each():

@@ -59,6 +59,7 @@ struct BlockWeights {
   E* data;
   int64_t tap_step, channel_step;
 };
+
 // A staged element is a channel's value.
 template <typename T>
 struct SingleChannels {
