@@ -175,6 +175,15 @@ def test_activation_of_nan(backend, layout, with_residual):
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_a_nan_stays_one_when_it_is_rounded(backend, layout):
+    """Where its bits are all ones, rounding them as those of a number would make them a zero's."""
+    x, mean, var = lay_out(torch.randn(2, 9, 7, 5).bfloat16(), layout), torch.zeros(9), torch.ones(9)
+    weight = torch.full((9,), 0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+    y = fastconv.batch_norm(*map(backend.put, (x, mean, var, weight)))
+    assert y.dtype is torch.bfloat16 and y.isnan().all()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_activation_of_negative_zero(backend, layout):
     """It stays one, as with torch.relu."""
     x, mean, var = lay_out(torch.zeros(2, 9, 3, 5), layout), torch.zeros(9), torch.ones(9)

@@ -21,6 +21,7 @@ CASES = [
     Case("groups of 16", (2, 48, 14, 14), (48, 16, 3, 3), padding=(1, 1), groups=3),
     Case("groups of 24", (1, 48, 6, 11), (48, 24, 3, 3), padding=(1, 1), groups=2),
     Case("groups of 37", (1, 74, 6, 7), (74, 37, 3, 3), padding=(1, 1), groups=2),
+    Case("groups of 38", (1, 76, 5, 6), (76, 38, 3, 3), padding=(1, 1), groups=2),
     Case("more filters than channels", (2, 6, 9, 10), (21, 2, 3, 3), padding=(1, 1), groups=3),
     Case("more channels than filters", (2, 21, 9, 10), (6, 7, 3, 3), padding=(1, 1), groups=3),
     Case("one channel, many filters", (2, 3, 9, 10), (60, 1, 3, 3), padding=(1, 1), groups=3),
